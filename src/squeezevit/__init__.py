@@ -1,0 +1,27 @@
+"""SqueezeViT: token reduction for vision transformers that somebody else wrote. See `reduce_` and `restore_`."""
+
+from squeezevit import errors, ops
+from squeezevit.attach import reduce_, restore_
+from squeezevit.checkpoint import load_checkpoint_
+from squeezevit.macs import macs
+from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, ToMe, TopK
+from squeezevit.trace import trace
+
+__version__ = "0.1.0"
+__all__ = [
+    "DTPS",
+    "ETPS",
+    "DynamicViT",
+    "EViT",
+    "Identity",
+    "Random",
+    "ToMe",
+    "TopK",
+    "errors",
+    "load_checkpoint_",
+    "macs",
+    "ops",
+    "reduce_",
+    "restore_",
+    "trace",
+]

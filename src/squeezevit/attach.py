@@ -1,0 +1,337 @@
+"""reduce_ and restore_: a block's class becomes a cached subclass of the host's own, whose forward runs the two halves with a
+stage between or before them. Nothing is wrapped and nothing is copied, so keys, isinstance, adapters, deepcopy and pickle stay.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from squeezevit import families, ops
+from squeezevit.errors import ConfigError, UnsupportedError
+from squeezevit.modes import evaluation_mode
+from squeezevit.predictor import ScoreHeads
+from squeezevit.reducer import Attention, Carry, Reducer, Reduction, Stage, outgoing_carry
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(eq=False)
+class State:
+    """What the reduced blocks of one model share. Slots are written by their stage alone and dropped on copy."""
+
+    reducer: Reducer
+    prefix: int
+    class_token: bool
+    heads: ScoreHeads | None
+    stages: tuple[int, ...]
+    carries: list[Carry | None] = field(default_factory=list)
+    trace: Any = None
+
+    def __post_init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.carries = [None] * len(self.stages)
+
+    def final_mass(self) -> Tensor | None:
+        """Masses of the tokens that leave the last block, [B, T]; None where nothing was reduced."""
+        carry = self.carries[-1] if self.carries else None
+        if _done_with_slots(training=False):
+            self.clear()
+        return None if carry is None else carry.mass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "carries": [None] * len(self.stages), "trace": None}
+
+
+@dataclass(eq=False)
+class Site:
+    """One reduced block's place: `stage` is its stage number or None, `before` the number of stages ahead of it."""
+
+    state: State
+    block: int
+    stage: int | None
+    before: int
+    last: bool  # no later block and no pooling reads the slots
+    seen: int = 0  # address of the block's input in the last forward; see `_check_recompute`
+
+    def carry_in(self, x: Tensor) -> Carry:
+        if not self.state.reducer.carries or not self.before:
+            return Carry(n0=x.shape[1] - self.state.prefix)
+        self._check_recompute(x)
+        carry = self.state.carries[self.before - 1]
+        if carry is None:
+            raise UnsupportedError(
+                f"block {self.block} ran without the blocks before it, but {self.state.reducer} needs what they left behind; call "
+                "the whole model, or sv.restore_ it first"
+            )
+        return carry
+
+    def _check_recompute(self, x: Tensor) -> None:
+        """Activation checkpointing runs a block again in backward; its slots must still be those of the same forward."""
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self.seen = _address(x)
+        elif self.seen != _address(x):
+            raise UnsupportedError(
+                f"block {self.block} is recomputed in backward after another forward of the same model replaced its masses; "
+                f"with "
+                f"{self.state.reducer} and activation checkpointing call backward after each forward, or switch checkpointing off"
+            )
+
+    def reduce(self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """Run this block's stage on `tokens`; x is what came into the block and what evidence is computed from."""
+        state, stage = self.state, cast(int, self.stage)
+        n = tokens.shape[1] - state.prefix
+        k = state.reducer.count(stage, n, carry.n0)
+        if k < n:
+            head = None if state.heads is None else state.heads[stage]
+            cut = type(block).squeezevit_cut  # type: ignore[attr-defined]
+            s = Stage(tokens, state.prefix, k, stage, state.class_token, carry, lambda: cut.attention(block, x), head)
+            reduction = state.reducer.reduce(s)
+            carry = outgoing_carry(state.reducer, carry, reduction.mass)
+        else:
+            reduction = _nothing_pruned(tokens, n)
+        if state.reducer.carries:
+            state.carries[stage] = carry
+        if state.trace is not None:
+            state.trace.record(stage, self.block, n, reduction)
+        return reduction.tokens, carry
+
+    def release(self, training: bool) -> None:
+        if self.last and _done_with_slots(training):
+            self.state.clear()
+
+
+def _nothing_pruned(tokens: Tensor, n: int) -> Reduction:
+    everything = torch.arange(n, device=tokens.device).expand(tokens.shape[0], -1)
+    return Reduction(tokens, everything, everything[:, :0], everything[:, :0])
+
+
+def _address(x: Tensor) -> int:
+    """Where the tensor's data are; 0 for tensors that have none (fake ones, and those inside torch.func transforms)."""
+    try:
+        return x.data_ptr() if type(x) is Tensor else 0
+    except RuntimeError:
+        return 0
+
+
+def _done_with_slots(training: bool) -> bool:
+    """Whether no backward can ask for the slots again (reentrant checkpointing runs its forward without grad, but in training)."""
+    return torch.compiler.is_compiling() or not (training or torch.is_grad_enabled())
+
+
+class _Subclass(nn.Module):
+    """What every dynamic subclass shares: pickling by the host's own class."""
+
+    squeezevit_base: type
+    squeezevit_mixin: type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (self.squeezevit_base, self.squeezevit_mixin), vars(self)
+
+
+class ReducedBlock(_Subclass):
+    """A host's block whose forward is its two halves, with this site's stage before or between them."""
+
+    squeezevit_site: Site
+    squeezevit_cut: families.Cut
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        site, cut = self.squeezevit_site, self.squeezevit_cut
+        _refuse_masks(self, args, kwargs)
+        place = None if site.stage is None else site.state.reducer.place
+        carry = site.carry_in(x)
+        if place == "before":
+            x, carry = site.reduce(self, x, x, carry)
+        y = cut.attn_half(self, x, _as_bias(carry, x))
+        if place == "between":
+            y, _ = site.reduce(self, x, y, carry)
+        y = cut.mlp_half(self, y)
+        site.release(self.training)
+        return y
+
+    def extra_repr(self) -> str:
+        site = self.squeezevit_site
+        where = "reduced tokens" if site.stage is None else f"stage {site.stage}"
+        own = super().extra_repr()
+        return ", ".join(filter(None, [own, f"squeezevit: {where} of {site.state.reducer}"]))
+
+
+def _as_bias(carry: Carry, x: Tensor) -> Tensor | None:
+    return None if carry.bias is None else carry.bias.to(x.dtype)
+
+
+def _refuse_masks(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = [*args, *kwargs.values()]
+    if any(value is not None and value is not False for value in given):
+        raise UnsupportedError(
+            f"block {block.squeezevit_site.block}, {block.squeezevit_base.__qualname__}, was called with a mask "
+            f"({', '.join(kwargs) or 'positional'}); masks of the full grid do not fit reduced tokens: call the model "
+            "without, or sv.restore_ it first"
+        )
+
+
+@cache
+def _subclass(base: Any, mixin: Any) -> Any:
+    """The one subclass of a host's class with a mixin in front; it keeps the host's name, which wrap policies look for."""
+    body = {"squeezevit_base": base, "squeezevit_mixin": mixin, "__module__": base.__module__, "__doc__": base.__doc__}
+    if issubclass(mixin, ReducedBlock):
+        body["squeezevit_cut"] = families.cut(base)
+    return type(base.__name__, (mixin, _Subclass, base), body)
+
+
+def _rebuild(base: Any, mixin: Any) -> Any:
+    families.load_families()
+    subclass = _subclass(base, mixin)
+    return subclass.__new__(subclass)
+
+
+def state_of(model: nn.Module) -> State:
+    """The state of a reduced model. Raises ConfigError where the model is not reduced."""
+    state = vars(model).get("squeezevit_state")
+    if state is None:
+        raise ConfigError(f"this {type(model).__name__} is not reduced; call sv.reduce_(model, sv.ETPS()) first")
+    return state
+
+
+def reduce_(model: Model, reducer: Reducer) -> Model:
+    """Put a reducer into a model, in place, and return the model; a second call replaces the first.
+
+    Keys of the state dict stay as they are; a learned reducer adds `token_reducer.*`, and keeps heads that already fit. Each
+    block that is touched is first proved: its halves, run on random tokens, must equal the whole. Raises UnsupportedError,
+    naming class and block, where they do not or the model is unknown, and ConfigError where the reducer does not fit the
+    model; the model is then as before.
+
+    >>> model = reduce_(timm.create_model("vit_tiny_patch16_224"), ETPS(keep=0.5))  # doctest: +SKIP
+    """
+    if not isinstance(reducer, Reducer):
+        raise ConfigError(f"{reducer!r} is not a reducer; give an instance, as sv.ETPS(keep=0.7)")
+    families.load_families()
+    host = families.host(model)
+    stages = reducer.stages(len(host.blocks))
+    if reducer.weighs and host.refuse_mass:
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot keep masses ({host.refuse_mass}); choose a reducer without, as sv.ETPS()"
+        )
+    touched = _touched(reducer, stages, len(host.blocks))
+    for i in touched:
+        prove(host.blocks[i], i, host.dim, reducer.scored)
+    heads = _heads(model, host, reducer, len(stages))
+    restore_(model)
+    state = State(reducer, host.prefix, host.class_token, heads, stages)
+    pooled = reducer.weighs and host.pooling is not None
+    for i in touched:
+        block = host.blocks[i]
+        stage = stages.index(i) if i in stages else None
+        block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
+        before = sum(s < i for s in stages)
+        block.squeezevit_site = Site(state, i, stage, before, last=i == touched[-1] and not pooled)  # type: ignore[assignment]
+    if pooled:
+        model.__class__ = _subclass(cast(Any, type(model)), host.pooling)
+    model.squeezevit_state = state  # type: ignore[assignment]
+    if heads is not None:
+        model.token_reducer = heads
+    return model
+
+
+def restore_(model: Model) -> Model:
+    """Take the reducer out of a model, in place, and return the model: the original, bit for bit. Harmless where none is in.
+
+    >>> restore_(torch.nn.Identity())
+    Identity()
+    """
+    for module in model.modules():
+        base = vars(type(module)).get("squeezevit_base")
+        if base is not None:
+            module.__class__ = base
+        for name in ("squeezevit_site", "squeezevit_state"):
+            vars(module).pop(name, None)
+    if isinstance(getattr(model, "token_reducer", None), ScoreHeads):
+        del model.token_reducer
+    return model
+
+
+def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int) -> list[int]:
+    """Blocks whose class changes: the stages, and those after the first one if their attention gets a bias."""
+    if not stages:
+        return []
+    return list(range(stages[0], depth)) if reducer.weighs else list(stages)
+
+
+def _heads(model: nn.Module, host: families.Host, reducer: Reducer, stages: int) -> ScoreHeads | None:
+    if not reducer.learned:
+        return None
+    old = getattr(model, "token_reducer", None)
+    if isinstance(old, ScoreHeads) and old.fits(stages, host.dim):
+        return old
+    if old is not None and not isinstance(old, ScoreHeads):
+        raise UnsupportedError(f"{type(model).__name__} already has a token_reducer of class {type(old).__name__}; rename it first")
+    like = next(host.blocks[0].parameters())
+    dtype = like.dtype if like.is_floating_point() else None
+    return ScoreHeads(stages, host.dim, like.device, dtype).train(model.training)
+
+
+@torch.no_grad()
+def prove(block: nn.Module, index: int, dim: int, scored: bool) -> None:
+    """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be.
+
+    The bias is proved by what it is used for: hiding the last token from attention must equal leaving it out.
+    """
+    base = vars(type(block)).get("squeezevit_base", type(block))
+    cut = families.cut(base)
+    if not families.knows(base):
+        raise UnsupportedError(
+            f"block {index} is a {base.__module__}.{base.__qualname__}, which SqueezeViT does not know how to cut in two; "
+            "blocks that are windowed or run attention and MLP side by side cannot be reduced between their halves. For any "
+            "other, register attn_half, mlp_half and attention for its class as described in squeezevit.families"
+        )
+    parameter = next(block.parameters())
+    if parameter.is_meta:
+        logger.warning("block %d is on the meta device: its cut is not proved; call reduce_ again after loading weights", index)
+        return
+    generator = torch.Generator().manual_seed(index)
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    x = torch.randn(2, 6, dim, generator=generator).to(parameter.device, dtype)
+    with evaluation_mode(block):
+        whole = base.forward(block, x)
+        halves = cut.mlp_half(block, cut.attn_half(block, x))
+        _require_close(base, index, whole, halves, "its two halves do not add up to its forward")
+        bias = x.new_zeros(2, 1, 1, 6)
+        bias[..., -1] = -1e4
+        hidden = cut.attn_half(block, x, bias)[:, :-1]
+        _require_close(base, index, cut.attn_half(block, x[:, :-1]), hidden, "its attention does not take an additive bias")
+        if scored:
+            _prove_attention(base, index, cut.attention(block, x))
+
+
+def _prove_attention(base: type, index: int, a: Attention) -> None:
+    if a.key_weight is not None:
+        query = a.query(a.x[:, :1])[:, :, 0]
+        folded = ops.class_attention_folded(query, a.key_weight, a.x)
+        _require_close(
+            base,
+            index,
+            ops.class_attention(query, a.key(a.x)),
+            folded,
+            "its keys are not the plain linear map it states",
+        )
+
+
+def _require_close(base: type, index: int, expected: Tensor, found: Tensor, complaint: str) -> None:
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    if expected.shape == found.shape and torch.allclose(expected, found, rtol=tolerance, atol=tolerance):
+        return
+    off = (
+        f"by {(expected - found).abs().max().item():.2g}" if expected.shape == found.shape else f"{expected.shape} / {found.shape}"
+    )
+    raise UnsupportedError(
+        f"block {index}, {base.__module__}.{base.__qualname__}, cannot be reduced: {complaint} (they differ {off}). Register "
+        "attn_half and mlp_half for this class as described in squeezevit.families"
+    )

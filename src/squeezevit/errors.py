@@ -1,0 +1,25 @@
+"""The one error family: every message quotes the case and says what to do."""
+
+
+class SqueezeViTError(Exception):
+    """Base of everything this library raises on purpose; the command line turns it into exit code 2."""
+
+
+class ConfigError(SqueezeViTError, ValueError):
+    """A value that cannot be meant: a keep ratio of 0, a stage outside the model, a budget out of reach."""
+
+
+class UnsupportedError(SqueezeViTError, TypeError):
+    """A model, block or call that cannot be reduced correctly."""
+
+
+class CheckpointError(SqueezeViTError, ValueError):
+    """A file that is no checkpoint, or a checkpoint of something else."""
+
+
+class DataError(SqueezeViTError, ValueError):
+    """Images, folders or labels that cannot be used."""
+
+
+class MissingExtraError(SqueezeViTError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""

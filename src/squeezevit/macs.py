@@ -1,0 +1,64 @@
+"""Multiply-adds and token counts of a model as it is now, the reducer's own cost included."""
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from squeezevit import families
+from squeezevit.errors import ConfigError
+from squeezevit.modes import evaluation_mode
+from squeezevit.trace import Trace
+
+
+def macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
+    """Multiply-adds for one image (what papers on ViTs print as "FLOPs"), in evaluation mode.
+
+    image_size: height and width in pixels, or one number for both; None = what the model is set up for. Counted by running the
+    model on tensors that have a shape and no values: every matrix product and convolution of the host and of the reducer,
+    attention's own two included; additions, norms and activations are not counted, as everywhere in this field. Raises
+    ConfigError on a size the model does not take.
+
+    >>> macs(timm.create_model("deit_small_patch16_224"))  # doctest: +SKIP
+    4598882304
+    """
+    with FlopCounterMode(display=False) as counter:
+        _fake_forward(model, image_size)
+    return counter.get_total_flops() // 2
+
+
+def token_counts(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> tuple[int, ...]:
+    """Patch tokens of a reduced model before its first stage and after each, found without computing, as in `macs`.
+
+    >>> token_counts(reduce_(timm.create_model("deit_small_patch16_224"), ETPS(keep=0.5)))  # doctest: +SKIP
+    (196, 98, 49, 25)
+    """
+    stages = fake_trace(model, image_size).stages
+    return (stages[0].n, *(s.n_out for s in stages)) if stages else ()
+
+
+def fake_trace(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Trace:
+    """The trace of one image without values: shapes and counts. The model must be reduced."""
+    with Trace(model) as t:
+        _fake_forward(model, image_size)
+    return t
+
+
+def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) -> None:
+    families.load_families()
+    host = families.host(model)
+    size = host.image_size if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    image = torch.empty(1, host.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
+    # the mathematical attention is two matrix products, which can be counted on every device
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), evaluation_mode(model):
+        try:
+            functional_call(model, shapes, (image,))
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(
+                f"{type(model).__name__} does not run on images of {height} x {width} pixels ({error}); give its own size "
+                f"{host.image_size}, or build the model for this one, as timm.create_model(..., img_size={height})"
+            ) from error

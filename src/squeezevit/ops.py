@@ -1,0 +1,164 @@
+"""Score, split, match, fuse, squeeze: pure functions on tensors, nothing else.
+
+Letters as everywhere: B batch, T tokens (prefix and patches), N patch tokens, K reserved, R = N - K pruned, C channels,
+H heads, d channels of one head. Source of the equations: Wei et al., "Joint Token Pruning and Squeezing Towards More
+Aggressive Compression of Vision Transformers", CVPR 2023 (arXiv 2304.10716), section 3.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """The context in which float32 stays float32, whatever autocast the caller has switched on (meta tensors know none)."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def class_attention(query: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention row of one query token, mean over heads, from scaled queries and keys.
+
+    Shapes: query [B, H, d], keys [B, H, T, d], bias [B, 1, 1, T] or None -> [B, T], float32.
+    softmax(q k^T), eq. 3 of Liang et al. 2022 (EViT); the scale is already in the query.
+
+    >>> class_attention(torch.zeros(1, 2, 4), torch.rand(1, 2, 5, 4)).tolist()
+    [[0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224]]
+    """
+    with no_autocast(query):
+        logits = (keys.float() @ query.float()[..., None]).squeeze(-1)  # (B, H, T)
+    return _mean_softmax(logits, bias)
+
+
+def class_attention_folded(query: Tensor, key_weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`class_attention` without computing the keys: score_h(n) = x_n . (Wk_h^T q_h), O(T C H) instead of O(T C^2).
+
+    Shapes: query [B, H, d] scaled, key_weight [H*d, C], x [B, T, C] (what the key projection is applied to) -> [B, T].
+    Exact wherever keys are a plain linear map of x: its bias adds the same number to every key of a head and cancels.
+    """
+    H, d = query.shape[1:]
+    with no_autocast(query):
+        weight = key_weight.float().view(H, d, -1)
+        folded = torch.einsum("bhd,hdc->bhc", query.float(), weight)  # (B, H, C)
+        logits = folded @ x.float().transpose(1, 2)  # (B, H, T)
+    return _mean_softmax(logits, bias)
+
+
+def received_attention(query: Tensor, keys: Tensor, bias: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
+    """The attention each token receives, mean over heads and over queries (a query counts `mass` times).
+
+    Shapes: query (scaled) and keys [B, H, T, d], bias [B, 1, 1, T], mass [B, T] -> [B, T], float32; rows sum to 1.
+    One head at a time, so that no [B, H, T, T] tensor exists.
+    """
+    B, H, T, _ = keys.shape
+    weight = keys.new_full((B, T), 1.0, dtype=torch.float32) if mass is None else mass.float()
+    weight = (weight / weight.sum(dim=1, keepdim=True))[:, None]  # (B, 1, T)
+    received = torch.zeros_like(weight)
+    with no_autocast(query):
+        for h in range(H):
+            logits = query[:, h].float() @ keys[:, h].float().transpose(1, 2)  # (B, T, T)
+            logits = logits if bias is None else logits + bias[:, 0].float()
+            received = received + weight @ logits.softmax(dim=-1)
+    return received.squeeze(1) / H
+
+
+def _mean_softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
+    logits = logits if bias is None else logits + bias[:, 0].float()
+    return logits.softmax(dim=-1).mean(dim=1)
+
+
+def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Indices of the k highest scores and of the rest, each in ascending (spatial) order.
+
+    Shapes: [B, N] -> [B, k], [B, N - k], int64. Ties are broken one way or the other, never both.
+
+    >>> split(torch.tensor([[0.1, 0.9, 0.5]]), 2)
+    (tensor([[1, 2]]), tensor([[0]]))
+    """
+    order = scores.topk(scores.shape[1], dim=1).indices  # topk exports to ONNX, a stable argsort does not
+    return order[:, :k].sort(dim=1).values, order[:, k:].sort(dim=1).values
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` of every image: [B, T, C], [B, M] -> [B, M, C] (a flat row copy: 9 x faster than `gather` on CPU)."""
+    B, T, C = x.shape
+    return x.reshape(B * T, C).index_select(0, _flat(index, T)).view(B, -1, C)
+
+
+def _flat(index: Tensor, rows: int) -> Tensor:
+    """Indices into the [B, rows] grid laid out as one line: [B, M] -> [B*M]."""
+    first = torch.arange(index.shape[0], device=index.device) * rows
+    return (index + first[:, None]).flatten()
+
+
+def match(reserved: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """For every pruned token the reserved one most like it: one direction, exactly one host, also where cosines tie.
+
+    Shapes: [B, K, C], [B, R, C] -> hosts [B, R] int64, cosine [B, R] float32. c_ij = cos(x_i, x_j), host(i) = argmax_j c_ij
+    (Wei et al. 2023, section 3.2). Computed in float32 whatever the tokens' dtype and autocast are: in bfloat16 a third of
+    clustered tokens tie.
+    """
+    with no_autocast(reserved):
+        a, b = F.normalize(pruned.float(), dim=-1), F.normalize(reserved.float(), dim=-1)
+        cosine, hosts = (a @ b.transpose(1, 2)).max(dim=-1)
+    return hosts, cosine
+
+
+def fuse(reserved: Tensor, pruned: Tensor, hosts: Tensor, own: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of every reserved token with the pruned tokens it hosts.
+
+    Shapes: reserved [B, K, C], pruned [B, R, C], hosts [B, R], own [B, K], weights [B, R] -> [B, K, C].
+    y_j = (own_j x_j + sum_{i in S_j} w_i x_i) / (own_j + sum_{i in S_j} w_i). A token that hosts nobody is returned unchanged,
+    bit for bit (own / own = 1). Sums in float32, result in the dtype of `reserved`.
+    """
+    B, K, C = reserved.shape
+    flat = _flat(hosts, K)
+    own, weights = own.float(), weights.float()
+    total = own.reshape(-1).index_add(0, flat, weights.flatten())  # (B*K)
+    share = weights.flatten() / total.index_select(0, flat)  # (B*R)
+    y = reserved.float().reshape(B * K, C) * (own.reshape(-1) / total)[:, None]
+    y = y.index_add(0, flat, pruned.float().reshape(-1, C) * share[:, None])
+    return y.view(B, K, C).to(reserved.dtype)
+
+
+def squeeze_weights(reserved: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's weights for `fuse`: e for a reserved token itself (cos(x, x) = 1), exp(c_ij) for a token it hosts.
+
+    Shapes: [B, K, C], [B, R] -> [B, K], [B, R] (eq. 4, Wei et al. 2023).
+    """
+    return cosine.new_full(reserved.shape[:2], math.e), cosine.exp()
+
+
+def squeeze(reserved: Tensor, pruned: Tensor) -> Tensor:
+    """Squeeze pruned tokens into the reserved ones most like them: match, then fuse with the paper's weights.
+
+    Shapes: [B, K, C], [B, R, C] -> [B, K, C]. With S_j the pruned tokens hosted by j and D_j = e + sum_{i in S_j} exp(c_ij):
+    y_j = (e / D_j) x_j + sum_{i in S_j} (exp(c_ij) / D_j) x_i (eq. 4, Wei et al. 2023). Where the released code tests
+    `c == max` and feeds a tied token into several hosts, this has exactly one. Raises ValueError on shapes that do not fit.
+
+    >>> x = torch.eye(3)[None]
+    >>> squeeze(x[:, :2], x[:, :1])[0, 1].tolist()  # hosts nobody: unchanged
+    [0.0, 1.0, 0.0]
+    """
+    if reserved.dim() != 3 or pruned.dim() != 3 or reserved.shape[::2] != pruned.shape[::2] or not reserved.shape[1]:
+        raise ValueError(
+            f"squeeze takes reserved [B, K, C] with K >= 1 and pruned [B, R, C], got {list(reserved.shape)} and "
+            f"{list(pruned.shape)}; give both the same B and C"
+        )
+    hosts, cosine = match(reserved, pruned)
+    return fuse(reserved, pruned, hosts, *squeeze_weights(reserved, cosine))
+
+
+def position_noise(n: int, seed: int, device: torch.device) -> Tensor:
+    """A fixed pseudo-random number in [0, 1) for each of n positions: [n], float32.
+
+    An integer hash (the finaliser of MurmurHash3) of seed and position, so it needs no generator, no state and no buffer:
+    it compiles, exports, and is the same for every image of every batch.
+    """
+    mask = 0xFFFFFFFF
+    h = (torch.arange(n, device=device) + (seed * 0x9E3779B1 & mask)) & mask
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = ((h ^ (h >> shift)) * factor) & mask
+    return ((h ^ (h >> 16)) >> 8).float() / 2**24

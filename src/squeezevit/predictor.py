@@ -1,0 +1,43 @@
+"""The learned score head of dTPS and DynamicViT (Rao et al. 2021, eq. 1 to 4), with the authors' parameter names."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ScoreHead(nn.Module):
+    """Keep / drop log-probabilities from a token and the mean of the others: [B, N, C] -> [B, N, 2], class 0 = keep."""
+
+    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim, **dd), nn.Linear(dim, dim, **dd), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(dim, dim // 2, **dd),
+            nn.GELU(),
+            nn.Linear(dim // 2, dim // 4, **dd),
+            nn.GELU(),
+            nn.Linear(dim // 4, 2, **dd),
+            nn.LogSoftmax(dim=-1),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        local, shared = self.in_conv(x).split(x.shape[-1] // 2, dim=-1)
+        shared = shared.mean(dim=1, keepdim=True).expand_as(local)
+        return self.out_conv(torch.cat([local, shared], dim=-1))
+
+
+class ScoreHeads(nn.ModuleList):
+    """One head per stage, at `model.token_reducer`: keys `token_reducer.{j}.in_conv.*` and `token_reducer.{j}.out_conv.*`."""
+
+    def __init__(self, stages: int, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(ScoreHead(dim, device, dtype) for _ in range(stages))
+        self.dim = dim
+
+    def fits(self, stages: int, dim: int) -> bool:
+        return len(self) == stages and self.dim == dim

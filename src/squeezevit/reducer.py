@@ -1,0 +1,244 @@
+"""The reducer protocol: what a method says (one frozen dataclass) and what it is given at a stage.
+
+A new method subclasses `Reducer` (or `Staged`, if it has keep ratios) and writes `reduce`; see examples/new_method.py.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from squeezevit import ops
+from squeezevit.errors import ConfigError
+
+Score = Literal["auto", "cls", "received"]
+EPS = 1e-9  # 0.55 * 100 is 55.00000000000001 in binary: counts are rounded as the decimals the user wrote
+
+
+class Attention(NamedTuple):
+    """What a family tells about one block's attention, for scoring; tokens [B, T, C] in, [B, H, T, d] out."""
+
+    x: Tensor  # [B, T, C], what the projections are applied to
+    query: Callable[[Tensor], Tensor]  # scaled, after any norm
+    key: Callable[[Tensor], Tensor]  # after any norm
+    key_weight: Tensor | None  # [H*d, C] where keys are this plain linear map of x, else None
+
+
+class Carry(NamedTuple):
+    """What one stage leaves for later blocks."""
+
+    n0: int  # patch tokens before the first stage
+    mass: Tensor | None = None  # [B, T] float32, patches each token stands for; prefix tokens have 1
+    bias: Tensor | None = None  # [B, 1, 1, T] float32, added to attention logits
+
+
+class Reduction(NamedTuple):
+    """What a reducer returns at a stage. Indices are into the N incoming patch tokens, hosts are outgoing patch positions."""
+
+    tokens: Tensor  # [B, P + outgoing patches, C], prefix first
+    kept: Tensor  # [B, K]; kept token j goes out at position j
+    pruned: Tensor  # [B, R]
+    hosts: Tensor | None = None  # [B, R], None where pruned tokens are discarded
+    scores: Tensor | None = None  # [B, N]
+    mass: Tensor | None = None  # [B, P + outgoing patches]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a reducer sees at a stage: the tokens, how many to keep, and evidence on request (nothing is captured)."""
+
+    tokens: Tensor  # [B, P + N, C]
+    prefix: int  # P
+    k: int
+    index: int  # 0-based number of this stage
+    class_token: bool
+    carry: Carry
+    attend: Callable[[], Attention]  # of the block this stage is in
+    head: nn.Module | None = None  # the stage's learned head
+
+    @property
+    def n(self) -> int:
+        return self.tokens.shape[1] - self.prefix
+
+    def scores(self, score: Score = "auto") -> Tensor:
+        """Importance of the patch tokens, [B, N] float32: class attention, or attention received where no class token is."""
+        if score == "received" or (score == "auto" and not self.class_token):
+            a = self.attend()
+            row = ops.received_attention(a.query(a.x), a.key(a.x), self.carry.bias, self.carry.mass)
+        else:
+            row = self.class_attention()
+        return row[:, self.prefix :]
+
+    def class_attention(self) -> Tensor:
+        """Attention of the class token over all tokens, mean over heads: [B, P + N] float32."""
+        a = self.attend()
+        query = a.query(a.x[:, :1])[:, :, 0]  # (B, H, d)
+        if a.key_weight is None:
+            return ops.class_attention(query, a.key(a.x), self.carry.bias)
+        return ops.class_attention_folded(query, a.key_weight, a.x, self.carry.bias)
+
+    def keys(self) -> Tensor:
+        """The block's attention keys of the patch tokens, mean over heads: [B, N, d]."""
+        a = self.attend()
+        return a.key(a.x).mean(dim=1)[:, self.prefix :]
+
+    def rows(self, kept: Tensor) -> Tensor:
+        """Row numbers of the prefix and the kept patch tokens: [B, K] -> [B, P + K]."""
+        prefix = torch.arange(self.prefix, device=kept.device).expand(kept.shape[0], -1)
+        return torch.cat([prefix, kept + self.prefix], dim=1)
+
+    def keep(self, kept: Tensor) -> Tensor:
+        """Prefix and the kept patch tokens, in one copy: [B, K] -> [B, P + K, C]."""
+        return ops.take(self.tokens, self.rows(kept))
+
+    def take(self, index: Tensor) -> Tensor:
+        """Patch tokens by index: [B, R] -> [B, R, C]."""
+        return ops.take(self.tokens, index + self.prefix)
+
+    def squeeze(self, kept: Tensor, pruned: Tensor, by_mass: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Squeeze the pruned into the kept: tokens [B, P + K, C], hosts [B, R], and the masses [B, P + K] if by mass.
+
+        Prefix tokens ride along as reserved tokens that host nobody, which `ops.fuse` returns bit for bit: no second copy.
+        """
+        tokens, gone = self.keep(kept), self.take(pruned)
+        hosts, cosine = ops.match(tokens[:, self.prefix :], gone)
+        if by_mass:
+            merged, mass = self.merge_by_mass(tokens, gone, kept, pruned, hosts)
+            return merged, hosts, mass
+        return ops.fuse(tokens, gone, hosts + self.prefix, *ops.squeeze_weights(tokens, cosine)), hosts, None
+
+    def merge_by_mass(self, tokens: Tensor, gone: Tensor, kept: Tensor, pruned: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of each kept token with those it hosts, weighted by mass, and the masses [B, P + K] going out."""
+        mass = self.carry.mass
+        if mass is None:
+            mass = self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.float32)
+        own, weights = mass.gather(1, self.rows(kept)), mass.gather(1, pruned + self.prefix)
+        merged = ops.fuse(tokens, gone, hosts + self.prefix, own, weights)
+        return merged, own.scatter_add(1, hosts + self.prefix, weights)
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """What is done to the tokens, where, and how many stay. Subclasses are frozen dataclasses: intent, no state."""
+
+    place: ClassVar[Literal["before", "between"]] = "between"  # of a stage: before the block, or between its halves
+    learned: ClassVar[bool] = False  # has a score head per stage
+    scored: ClassVar[bool] = True  # asks for attention evidence
+
+    @property
+    def carries(self) -> bool:
+        """Whether later blocks need something from earlier stages (masses, the first count)."""
+        return False
+
+    @property
+    def weighs(self) -> bool:
+        """Whether tokens have masses, so that later attention and average pooling must respect them."""
+        return False
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """Block indices of the stages in a model of `depth` blocks; raises ConfigError where they do not fit."""
+        raise NotImplementedError
+
+    def count(self, stage: int, n: int, n0: int) -> int:
+        """Patch tokens kept of the n coming into a stage (n0 before the first): 1 <= K <= n; K = n leaves them alone."""
+        raise NotImplementedError
+
+    def reduce(self, s: Stage) -> Reduction:
+        """Reduce [B, P + N, C] to s.k reserved tokens; called only where s.k < N."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Staged(Reducer):
+    """A reducer with few stages and a keep ratio for each.
+
+    keep: ratio kept at every stage, or one per stage, each relative to the count before that stage.
+    at: 0-based block indices, ascending; None = one quarter, half and three quarters of the depth: (3, 6, 9) of 12.
+    """
+
+    keep: float | tuple[float, ...] = 0.7
+    at: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        object.__setattr__(self, "keep", _ratios(name, self.keep))
+        if self.at is not None:
+            object.__setattr__(self, "at", _blocks(name, self.at))
+            self._check_lengths(self.at)
+
+    def _check_lengths(self, at: tuple[int, ...]) -> None:
+        if isinstance(self.keep, tuple) and len(self.keep) != len(at):
+            raise ConfigError(
+                f"{type(self).__name__}: keep={self.keep} has {len(self.keep)} ratios but at={at} has {len(at)} stages; "
+                "give one ratio per stage, or a single one for all"
+            )
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        at = tuple(sorted({depth * i // 4 for i in (1, 2, 3)})) if self.at is None else self.at
+        if at[-1] >= depth:
+            raise ConfigError(
+                f"{type(self).__name__}: at={at} names block {at[-1]}, but the model has {depth} blocks, "
+                f"0 to {depth - 1}; choose stages below {depth}"
+            )
+        self._check_lengths(at)
+        return at
+
+    def ratio(self, stage: int) -> float:
+        return self.keep[stage] if isinstance(self.keep, tuple) else self.keep
+
+    def count(self, stage: int, n: int, n0: int) -> int:
+        """K_j = ceil(keep_j * K_{j-1}), as EViT and eTPS; never 0."""
+        return math.ceil(n * self.ratio(stage) - EPS)
+
+
+def floor_of_first(reducer: Staged, stage: int, n: int, n0: int) -> int:
+    """K_j = floor(N * keep_1 * ... * keep_j), as DynamicViT and dTPS, but at least 1 (theirs may reach 0) and at most n."""
+    share = math.prod([reducer.ratio(j) for j in range(stage + 1)])
+    return min(max(math.floor(n0 * share + EPS), 1), n)
+
+
+def outgoing_carry(reducer: Reducer, carry: Carry, mass: Tensor | None) -> Carry:
+    """What a stage leaves behind: masses as they are, their logarithm as the bias of later attention (Bolya et al. 2023)."""
+    if mass is None or not reducer.weighs:
+        return carry
+    return Carry(carry.n0, mass.detach(), mass.detach().log()[:, None, None])
+
+
+def check_score(reducer: Reducer) -> None:
+    """Raise ConfigError where the field `score` is none of the known ones."""
+    score = getattr(reducer, "score", None)
+    if score not in get_args(Score):
+        known = ", ".join(map(repr, get_args(Score)))
+        raise ConfigError(f"{type(reducer).__name__}: score={score!r} is not known; choose one of {known}")
+
+
+def _ratios(name: str, keep: float | Sequence[float]) -> float | tuple[float, ...]:
+    values = tuple(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else (keep,)
+    if not values:
+        raise ConfigError(f"{name}: keep={keep!r} is empty; give a ratio above 0 and at most 1, or one per stage")
+    ratios = tuple(_ratio(name, keep, value) for value in values)
+    return ratios if isinstance(keep, Sequence) else ratios[0]
+
+
+def _ratio(name: str, keep: object, value: object) -> float:
+    try:
+        ratio = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        ratio = math.nan
+    if isinstance(value, bool | str) or not 0 < ratio <= 1:  # NaN fails the comparison too
+        raise ConfigError(f"{name}: keep={keep!r} is not a ratio of tokens kept; give a number above 0 and at most 1, as 0.7")
+    return ratio
+
+
+def _blocks(name: str, at: Sequence[int]) -> tuple[int, ...]:
+    values = tuple(at) if isinstance(at, Sequence) and not isinstance(at, str) else (at,)
+    good = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in values)
+    if not values or not good or any(a >= b for a, b in pairwise(values)):
+        raise ConfigError(
+            f"{name}: at={at!r} is not a list of stages; give 0-based block indices in ascending order, each once, as (3, 6, 9)"
+        )
+    return values

@@ -1,0 +1,39 @@
+"""EViT (Liang et al., ICLR 2022): inattentive tokens fused into one extra token."""
+
+from dataclasses import dataclass
+
+import torch
+
+from squeezevit import ops
+from squeezevit.reducer import Reduction, Score, Stage, Staged, check_score
+
+
+@dataclass(frozen=True)
+class EViT(Staged):
+    """Between attention and MLP, tokens with little class attention become one token, their sum weighted by that attention.
+
+    The extra token goes out last and is an ordinary one at the next stage: it counts in K = ceil(keep * tokens) and may itself be
+    pruned. Only patch columns are scored (the released code also prunes distillation tokens).
+    normalize: divide the sum by the sum of its weights, so that the extra token has a token's scale. The paper (eq. 5) and its
+    code do not, and fine-tuning absorbs it; without training it costs accuracy.
+    score: as for ETPS; the paper knows class tokens only.
+    """
+
+    score: Score = "auto"
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self)
+
+    def reduce(self, s: Stage) -> Reduction:
+        scores = s.scores(self.score)
+        kept, pruned = ops.split(scores, s.k)
+        weights = scores.gather(1, pruned)
+        if self.normalize:
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        gone = s.take(pruned)
+        with ops.no_autocast(gone):
+            extra = (weights[:, None] @ gone.float()).to(gone.dtype)  # (B, 1, C)
+        hosts = torch.full_like(pruned, s.k)
+        return Reduction(torch.cat([s.keep(kept), extra], dim=1), kept, pruned, hosts, scores)

@@ -1,0 +1,52 @@
+"""Methods by the names people type."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from squeezevit.errors import ConfigError
+from squeezevit.reducer import Reducer
+from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, TopK
+
+STAGED: dict[str, Callable[..., Reducer]] = {
+    "etps": ETPS,
+    "etps+mass": partial(ETPS, mass=True),
+    "dtps": DTPS,
+    "evit": EViT,
+    "evit+norm": partial(EViT, normalize=True),
+    "dynamicvit": DynamicViT,
+    "topk": TopK,
+    "random": Random,
+}
+METHODS = ("identity", *STAGED, "tome")
+LABELS = {
+    "identity": "unreduced",
+    "etps": "eTPS",
+    "etps+mass": "eTPS + mass",
+    "dtps": "dTPS",
+    "evit": "EViT",
+    "evit+norm": "EViT (normalised)",
+    "dynamicvit": "DynamicViT",
+    "topk": "TopK",
+    "random": "Random",
+    "tome": "ToMe",
+}
+
+
+def check_method(name: str) -> str:
+    """The name in lower case. Raises ConfigError where there is no such method, listing those there are."""
+    if name.lower() not in METHODS:
+        raise ConfigError(f"method {name!r} is not known; choose from {', '.join(METHODS)}")
+    return name.lower()
+
+
+def staged(name: str, keep: float | Sequence[float], at: Sequence[int] | None = None) -> Reducer:
+    """A reducer by name and keep ratio. ToMe has no keep ratio: `squeezevit.plan.plan_macs` finds its r.
+
+    >>> staged("topk", 0.5, (3, 6, 9))
+    TopK(keep=0.5, at=(3, 6, 9), score='auto')
+    """
+    if check_method(name) == "identity":
+        return Identity()
+    if name.lower() not in STAGED:
+        raise ConfigError(f"method {name!r} has no keep ratio; give r (tokens merged per block) instead")
+    return STAGED[name.lower()](keep=keep, at=None if at is None else tuple(at))
