@@ -1,0 +1,1 @@
+"""Honest measurement: alternating rounds, minimum and median, and the limit that no reducer can beat."""

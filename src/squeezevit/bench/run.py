@@ -1,0 +1,116 @@
+"""Speed of reducers on one model: against the unreduced model, and against the limit."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from squeezevit import families
+from squeezevit.attach import reduce_, restore_
+from squeezevit.bench.limit import Slice, limit_of
+from squeezevit.bench.timing import alternate
+from squeezevit.macs import fake_trace, macs, token_counts
+from squeezevit.modes import autocast
+from squeezevit.reducer import Reducer
+from squeezevit.reducers import Identity
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One reducer's cost. Ratios compare it with the unreduced model and with the limit, in the same rounds."""
+
+    reducer: str
+    tokens: tuple[int, ...]  # patch tokens before the first stage and after each
+    macs: int
+    macs_share: float  # of the unreduced model
+    images_per_second: float  # median over rounds
+    images_per_second_best: float
+    speedup: float  # median of the ratios in each round
+    speedup_best: float  # fastest round against fastest round
+    overhead: float | None  # time / time of the limit, median of the ratios in each round; None where nothing is reduced
+    overhead_best: float | None
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same parameters and buffers, so that many variants fit in memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def measure(
+    model: nn.Module,
+    reducers: Sequence[Reducer],
+    batch_size: int,
+    image_size: int | tuple[int, int] | None = None,
+    rounds: int = 9,
+    precision: str = "fp32",
+    limits: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Speed]:
+    """Time a model under each reducer, in inference mode, alternating round by round with the unreduced model and the limits.
+
+    The model is left unreduced, on its own device. Images are noise, which changes nothing: counts are fixed.
+    precision: "fp32" as the weights are, or autocast to "bf16" or "fp16". limits=False leaves the sliced models out.
+    """
+    device = next(model.parameters()).device
+    restore_(model.eval())
+    dense = macs(model, image_size)
+    variants = {r: reduce_(share_weights(model), r) for r in (Identity(), *reducers)}
+    bounds = {r: _limit(variant, r, image_size) for r, variant in variants.items()} if limits else {}
+    for bound in {b for b in bounds.values() if b is not None}:
+        variants[bound] = reduce_(share_weights(model), bound)
+    images = _images(model, batch_size, image_size)
+    cases = {r: _forward(variant, images, precision) for r, variant in _neighbours(variants, bounds).items()}
+    times = alternate(cases, rounds, device=device, progress=progress)
+
+    def speed(r: Reducer) -> Speed:
+        bound, cost = bounds.get(r), macs(variants[r], image_size)
+        return Speed(
+            reducer=repr(r),
+            tokens=token_counts(variants[r], image_size),
+            macs=cost,
+            macs_share=cost / dense,
+            images_per_second=batch_size / times.median(r),
+            images_per_second_best=batch_size / times.best(r),
+            speedup=times.ratio(Identity(), r),
+            speedup_best=times.best_ratio(Identity(), r),
+            overhead=None if bound is None else times.ratio(r, bound),
+            overhead_best=None if bound is None else times.best_ratio(r, bound),
+        )
+
+    return [speed(r) for r in reducers]
+
+
+def _limit(model: nn.Module, reducer: Reducer, image_size: int | tuple[int, int] | None) -> Slice | None:
+    stages = fake_trace(model, image_size).stages
+    return limit_of(reducer, tuple(s.block for s in stages), tuple(s.n_out for s in stages)) if stages else None
+
+
+def _neighbours(variants: dict[Reducer, nn.Module], bounds: dict[Reducer, Slice | None]) -> dict[Reducer, nn.Module]:
+    """The variants in an order in which a reducer runs next to its limit, so that both see the same moment."""
+    order: dict[Reducer, nn.Module] = {}
+    for reducer in variants:
+        for one in (bounds.get(reducer), reducer):
+            if one is not None:
+                order.setdefault(one, variants[one])
+    return order
+
+
+def _images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None) -> torch.Tensor:
+    host, like = families.host(model), next(model.parameters())
+    size = host.image_size if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, host.channels, height, width, generator=generator)
+    return images.to(like.device, like.dtype)
+
+
+def _forward(model: nn.Module, images: torch.Tensor, precision: str) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.inference_mode(), autocast(images.device, precision):
+            return model(images)
+
+    return run
