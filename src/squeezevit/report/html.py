@@ -1,0 +1,310 @@
+"""The demo's report: one HTML file that loads nothing, runs no script, and draws its conclusions from the numbers."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from squeezevit.report.charts import accuracy_chart, cosine_chart, css_variables, marker_svg, speed_chart, styles
+from squeezevit.report.findings import (
+    NONE,
+    TIMES,
+    Row,
+    best_of,
+    budget_words,
+    by_budget,
+    findings,
+    listed,
+    plus_minus,
+    signed,
+    ties,
+)
+from squeezevit.report.overlay import Panel
+
+Picture = Image.Image | Sequence[Panel]
+
+TITLE = "What fewer tokens save, and what they cost"
+PICTURE_BYTES = 2_600_000  # for all pictures together, before base64 adds a third
+
+
+def write_report(results: Mapping[str, Any], figures: Mapping[str, Picture], path: Path) -> None:
+    """Write `results` (the demo's `results.json`) and its token overlays to `path` as one self-contained page.
+
+    `figures`: caption -> a picture, or the `Panel`s of `overlay.panels`, which the page lays out to fit its width.
+    A row whose timing or cosine is None is shown without it. Raises `MissingExtraError` without matplotlib.
+    """
+    path = Path(path)
+    body = [
+        _header(results),
+        _section("What came out", _findings(results), wide=True),
+        _section("Operating points", _table(results), wide=True),
+        _section("Accuracy, fidelity and speed", _charts(results), wide=True),
+        _section("What happens to the tokens", _overlays(figures), wide=True) if figures else "",
+        _section("How it was measured", _protocol(results)),
+        _section("Licence of the photographs", _licence()),
+    ]
+    title = f"{TITLE}: {results['model']['name']}"
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>{_css()}</style>
+</head>
+<body>
+<main>
+{"".join(body)}</main>
+</body>
+</html>
+"""
+    path.write_text(page, encoding="utf-8")
+
+
+def picture_uri(image: Image.Image, most_bytes: int) -> tuple[str, tuple[int, int]]:
+    """The picture as a JPEG data URI of at most `most_bytes` bytes before encoding, and the size it came down to."""
+    image = image.convert("RGB")
+    while True:
+        for quality in (88, 80, 70):
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=quality, subsampling=0)
+            if buffer.tell() <= most_bytes or max(image.size) <= 64:
+                return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", image.size
+        image = image.resize((max(1, image.width * 3 // 4), max(1, image.height * 3 // 4)), Image.Resampling.LANCZOS)
+
+
+def _header(results: Mapping[str, Any]) -> str:
+    settings, model = results["settings"], results["model"]
+    rows = results["rows"]
+    budgets = listed(f"{100 * target:.0f} %" for target in by_budget(rows))
+    methods = listed(dict.fromkeys(row["label"] for row in rows))
+    size = settings["image_size"]
+    text = (
+        f"The vision transformer {model['name']} ({model['parameters'] / 1e6:.1f} million parameters, pretrained, not "
+        f"trained further) read electroluminescence photographs of solar cells at {size} {TIMES} {size} pixels. A "
+        "linear probe (logistic regression on standardised class-token features) was fitted to tell defective cells "
+        "(defect probability over 0.5) from sound ones, on the unreduced model's features of "
+        f"{settings['n_train']:,} photographs. That same probe then scored {settings['n_test']:,} others (split by "
+        f"seed {settings['seed']}), whose features came from the model with fewer and fewer tokens: {methods}, each at "
+        f"about {budgets} of the unreduced model's MACs. The unreduced model is called dense."
+    )
+    quick = (
+        '<p class="note"><strong>A quick run.</strong> Few photographs and few timing rounds: it shows that everything '
+        "works; for numbers, run the demo without <code>--quick</code>.</p>"
+        if settings.get("quick")
+        else ""
+    )
+    return (
+        f'<header><p class="over">SqueezeViT demo · {escape(_date(results["created"]))}</p>'
+        f"<h1>{TITLE}</h1><p>{_text(text)}</p>{quick}</header>\n"
+    )
+
+
+def _section(heading: str, inner: str, wide: bool = False) -> str:
+    return f"<section{' class=wide' if wide else ''}><h2>{escape(heading)}</h2>\n{inner}</section>\n"
+
+
+def _findings(results: Mapping[str, Any]) -> str:
+    dense = results["dense"]
+    speed = "" if dense["images_per_second"] is None else f", {dense['images_per_second']:.1f} images/s"
+    start = (
+        f"The dense model: {plus_minus(dense['accuracy'], dense['accuracy_se'], 100)} % accuracy, "
+        f"{dense['macs'] / 1e9:.2f} GMACs an image{speed}."
+    )
+    entries = "".join(
+        f"<div><h3>{_text(head)}</h3><ul>{''.join(f'<li>{_text(sentence)}</li>' for sentence in sentences)}</ul></div>"
+        for head, sentences in findings(results)
+    )
+    rule = (
+        "± is one standard error. Values are called tied where they differ by at most one standard error of the "
+        "difference, which is a low bar: two methods that are equally good would be further apart than that about one "
+        "time in three. Between two methods that error is the root sum of squares of their paired errors against dense."
+    )
+    return f'<p>{_text(start)}</p><div class="findings">{entries}</div><p class="fine">{_text(rule)}</p>'
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    look = styles(results["rows"])
+    heads = [
+        ("Method", ""),
+        ("GMACs", ""),
+        ("% of dense", ""),
+        ("Images/s", ""),
+        ("Speed-up", ""),
+        ("Accuracy, %", ""),
+        ("Against dense, points", ""),
+        ("Cosine to dense", ""),
+        ("Patch tokens after each stage", "left"),
+    ]
+    head = "".join(f'<th scope="col"{f" class={side}" if side else ""}>{escape(text)}</th>' for text, side in heads)
+    parts = [f"<thead><tr>{head}</tr></thead>"]
+    parts.append(f"<tbody>{_line(results['dense'], '', False, False)}</tbody>")
+    missed = False
+    for target, rows in by_budget(results["rows"]).items():
+        best = best_of(rows)
+        leading = [best, *ties(rows, best)]
+        lines = []
+        for row in rows:
+            off = abs(row["macs_share"] - target) > 0.01
+            missed |= off
+            leads = any(row is other for other in leading)
+            lines.append(_line(row, marker_svg(look[row["method"]]), leads, off))
+        group = f'<th scope="rowgroup" colspan="{len(heads)}"><span>{budget_words(target)}</span></th>'
+        parts.append(f'<tbody><tr class="group">{group}</tr>{"".join(lines)}</tbody>')
+    notes = (
+        "Bold: the highest accuracy at that budget, and all that tie with it. Images/s: median over the timing rounds. "
+        "Speed-up: median of each round's ratio to the dense model in the same round; below it, the best. "
+        "Against dense: paired difference over the same photographs."
+    )
+    if missed:
+        notes += " †: misses its budget by more than one point of the dense MACs."
+    table = f"<table>{''.join(parts)}</table>"
+    return f'{_scroll(table, "Operating points")}<p class="fine">{escape(notes)}</p>'
+
+
+def _line(row: Row, mark: str, leads: bool, off: bool) -> str:
+    best = row.get("speedup_best")
+    difference = signed(row["paired_difference"], row["paired_difference_se"]) if row["target"] != 1.0 else NONE
+    accuracy = plus_minus(row["accuracy"], row["accuracy_se"], 100)
+    cells = [
+        _cell(f"{row['macs'] / 1e9:.2f}"),
+        _cell(f"{100 * row['macs_share']:.1f}{'†' if off else ''}"),
+        _cell(NONE if row["images_per_second"] is None else f"{row['images_per_second']:.1f}"),
+        _cell(
+            NONE if row["speedup"] is None else f"{row['speedup']:.2f}{TIMES}",
+            "" if best is None or row["target"] == 1.0 else f"best {best:.2f}{TIMES}",
+        ),
+        f"<td>{f'<strong>{escape(accuracy)}</strong>' if leads else escape(accuracy)}</td>",
+        _cell(difference),
+        _cell(NONE if row["cosine"] is None or row["target"] == 1.0 else plus_minus(row["cosine"], row["cosine_se"], 1, 3)),
+        f'<td class="left tokens">{escape(" ".join(str(count) for count in row["tokens"]) or NONE)}</td>',
+    ]
+    name = f'<th scope="row">{mark}{escape(row["label"])}<code>{escape(row["reducer"])}</code></th>'
+    return f"<tr>{name}{''.join(cells)}</tr>"
+
+
+def _cell(text: str, small: str = "") -> str:
+    return f"<td>{escape(text)}{f'<small>{escape(small)}</small>' if small else ''}</td>"
+
+
+def _charts(results: Mapping[str, Any]) -> str:
+    captions = [
+        (
+            accuracy_chart,
+            "Accuracy of the dense model's probe on the reduced features, with one standard error; grey: the dense "
+            "model's. Methods of one budget are drawn side by side to keep their bars apart; the table has their MACs.",
+        ),
+        (cosine_chart, "Mean cosine similarity between the reduced and the dense model's class-token features."),
+        (
+            speed_chart,
+            "Median speed-up over the dense model on this machine. Dotted: where a model would be whose time followed its MACs.",
+        ),
+    ]
+    out = []
+    for draw, caption in captions:
+        svg = draw(results) or '<p class="missing">This run holds no values for this chart.</p>'
+        out.append(f'<figure class="chart">{svg}<figcaption>{escape(caption)}</figcaption></figure>')
+    return f'<div class="charts">{"".join(out)}</div>'
+
+
+def _overlays(figures: Mapping[str, Picture]) -> str:
+    count = sum(1 if isinstance(picture, Image.Image) else len(picture) for picture in figures.values())
+    share = PICTURE_BYTES // max(1, count)
+    intro = (
+        "Reserved patches show the photograph. Patches of one colour were squeezed into one token, paler where that "
+        "happened at an earlier stage; the dot marks the host they were squeezed into. Dark, hatched patches were "
+        "dropped without a host. A thin grid marks tokens that still stand for one patch."
+    )
+    out = [f"<p>{escape(intro)}</p>"]
+    for name, picture in figures.items():
+        if isinstance(picture, Image.Image):
+            inner = _scroll(_img(picture, name, share), name, "scroll sheet")
+        else:
+            cards = (
+                f"<figure>{_img(panel.image, f'{name}, {panel.caption}', share)}"
+                f"<figcaption>{escape(panel.caption)}</figcaption></figure>"
+                for panel in picture
+            )
+            inner = f'<div class="panels">{"".join(cards)}</div>'
+        out.append(f'<figure class="overlay"><figcaption>{escape(name)}</figcaption>{inner}</figure>')
+    return "".join(out)
+
+
+def _scroll(inner: str, name: str, classes: str = "scroll") -> str:
+    return f'<div class="{classes}" role="region" aria-label="{escape(name)}" tabindex="0">{inner}</div>'
+
+
+def _img(image: Image.Image, alt: str, most_bytes: int) -> str:
+    uri, (width, height) = picture_uri(image, most_bytes)
+    return f'<img src="{uri}" width="{width}" height="{height}" alt="{escape(alt)}">'
+
+
+def _protocol(results: Mapping[str, Any]) -> str:
+    machine, settings, model = results["machine"], results["settings"], results["model"]
+    timing = (
+        f"Speed: batches of {settings['batch_size']} in inference mode, after a warm-up; the dense model and every "
+        f"method took turns, round by round, for {settings['rounds']} rounds, so that a slow moment of the machine "
+        "falls on all. MACs are multiply-adds for one image, the reducer's own included; papers print them as GFLOPs."
+    )
+    named = {"image_size", "n_train", "n_test", "seed", "batch_size", "rounds", "quick"}
+    rest = {key: value for key, value in settings.items() if key not in named}
+    cores, threads = _count(machine["cores"], "core"), _count(machine["threads"], "thread")
+    train, test = f"{settings['n_train']:,}", f"{settings['n_test']:,}"
+    facts = {
+        "Command": results["command"],
+        "Date": _date(results["created"]),
+        "Run time": f"{results['seconds']:.0f} s in all",
+        "Machine": f"{machine['cpu']}, {cores}; {machine['device']}, {threads}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        "Model": f"{model['name']}, {model['parameters']:,} parameters",
+        "Weights": f"{model['weights']}, SHA-256 {model['sha256']}",
+        "Split": f"{train} photographs to fit the probe, {test} to test, seed {settings['seed']}",
+        **{key.replace("_", " ").capitalize(): str(value) for key, value in rest.items()},
+    }
+    items = "".join(
+        f"<dt>{escape(key)}</dt><dd>{f'<code>{escape(value)}</code>' if key == 'Command' else escape(value)}</dd>"
+        for key, value in facts.items()
+    )
+    return f'<p>{escape(timing)}</p><dl class="facts">{items}</dl>'
+
+
+def _licence() -> str:
+    text = (
+        "The photographs are of the ELPV dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019, 2021), licensed "
+        "CC BY-NC-SA 4.0: credit, no commercial use, same licence for what is made from them. This page was made on "
+        "your machine and contains some of them, changed by the overlays; if you pass it on, those terms go with it."
+    )
+    return f"<p>{escape(text)}</p>"
+
+
+def _text(words: str) -> str:
+    """Escaped, with numbers kept on one line with their sign, unit and error."""
+    for loose in (" %", " ± ", " + ", f" {TIMES} "):
+        words = words.replace(loose, loose.replace(" ", "\N{NO-BREAK SPACE}"))
+    return escape(words)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _date(created: str) -> str:
+    return created.replace("T", " ")[:16]
+
+
+def _css() -> str:
+    light = "--paper: #fefefe; --ink: #1c2127; --muted: #5c6570; --grid: #dfe3e8; " + css_variables(dark=False)
+    dark = "--paper: #14171b; --ink: #e8ebef; --muted: #a3acb7; --grid: #30363e; " + css_variables(dark=True)
+    rules = resources.files("squeezevit.report").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+        f"@media print {{ :root {{ {light} }} }}\n{rules}"
+    )
