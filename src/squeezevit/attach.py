@@ -3,7 +3,8 @@ stage between or before them. Nothing is wrapped and nothing is copied, so keys,
 """
 
 import logging
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -20,33 +21,56 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
+class Slots(threading.local):
+    """What each stage left behind in the running forward of this thread."""
+
+    def __init__(self, stages: int) -> None:
+        self.carries: list[Carry | None] = [None] * stages
+
+
 @dataclass(eq=False)
 class State:
-    """What the reduced blocks of one model share. Slots are written by their stage alone and dropped on copy."""
+    """What the reduced blocks of one model share. Slots are written by their stage alone and dropped on copy.
+
+    In evaluation every thread has its own, so that a server may run one model in several. In training, and in compiled graphs,
+    they are shared: on an accelerator the backward that recomputes a block runs in a thread of its own.
+    """
 
     reducer: Reducer
     prefix: int
     class_token: bool
     heads: ScoreHeads | None
     stages: tuple[int, ...]
-    carries: list[Carry | None] = field(default_factory=list)
     trace: Any = None
+    recomputed: int = 0  # address of what the last recomputed block put out
+    warned: bool = False
 
     def __post_init__(self) -> None:
-        self.clear()
+        self._shared: list[Carry | None] = [None] * len(self.stages)
+        self._own = Slots(len(self.stages))
 
-    def clear(self) -> None:
-        self.carries = [None] * len(self.stages)
+    def slots(self, training: bool) -> list[Carry | None]:
+        return self._shared if training or torch.compiler.is_compiling() else self._own.carries
 
-    def final_mass(self) -> Tensor | None:
-        """Masses of the tokens that leave the last block, [B, T]; None where nothing was reduced."""
-        carry = self.carries[-1] if self.carries else None
-        if _done_with_slots(training=False):
-            self.clear()
-        return None if carry is None else carry.mass
+    def final_mass(self, training: bool) -> Tensor | None:
+        """Masses of the tokens that left the last block, [B, T]; None where nothing was reduced."""
+        slots = self.slots(training)
+        mass = None if not slots or slots[-1] is None else slots[-1].mass
+        if torch.compiler.is_compiling() or not (training or torch.is_grad_enabled()):
+            self.clear(training)
+        return mass
+
+    def clear(self, training: bool) -> None:
+        slots = self.slots(training)
+        for i in range(len(slots)):
+            slots[i] = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "carries": [None] * len(self.stages), "trace": None}
+        return {k: v for k, v in vars(self).items() if k not in ("_shared", "_own", "trace")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, trace=None)
+        self.__post_init__()
 
 
 @dataclass(eq=False)
@@ -57,14 +81,15 @@ class Site:
     block: int
     stage: int | None
     before: int
-    last: bool  # no later block and no pooling reads the slots
+    last: bool  # no later block reads the slots, nor does pooling
     seen: int = 0  # address of the block's input in the last forward; see `_check_recompute`
 
-    def carry_in(self, x: Tensor) -> Carry:
+    def carry_in(self, x: Tensor, training: bool) -> Carry:
         if not self.state.reducer.carries or not self.before:
-            return Carry(n0=x.shape[1] - self.state.prefix)
-        self._check_recompute(x)
-        carry = self.state.carries[self.before - 1]
+            return Carry(n0=_length(x) - self.state.prefix)
+        if self.state.reducer.weighs:
+            self._check_recompute(x)
+        carry = self.state.slots(training)[self.before - 1]
         if carry is None:
             raise UnsupportedError(
                 f"block {self.block} ran without the blocks before it, but {self.state.reducer} needs what they left behind; call "
@@ -76,9 +101,9 @@ class Site:
         """Activation checkpointing runs a block again in backward; its slots must still be those of the same forward."""
         if torch.compiler.is_compiling():
             return
-        if torch._C._current_graph_task_id() == -1:
+        if not _in_backward():
             self.seen = _address(x)
-        elif self.seen != _address(x):
+        elif _address(x) not in (self.seen, self.state.recomputed):
             raise UnsupportedError(
                 f"block {self.block} is recomputed in backward after another forward of the same model replaced its masses; "
                 f"with "
@@ -88,10 +113,12 @@ class Site:
     def reduce(self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """Run this block's stage on `tokens`; x is what came into the block and what evidence is computed from."""
         state, stage = self.state, cast(int, self.stage)
-        n = tokens.shape[1] - state.prefix
+        n = _length(tokens) - state.prefix
         k = state.reducer.count(stage, n, carry.n0)
         if k < n:
             head = None if state.heads is None else state.heads[stage]
+            if head is not None and block.training:
+                self._warn_untrained()
             cut = type(block).squeezevit_cut  # type: ignore[attr-defined]
             s = Stage(tokens, state.prefix, k, stage, state.class_token, carry, lambda: cut.attention(block, x), head)
             reduction = state.reducer.reduce(s)
@@ -99,14 +126,27 @@ class Site:
         else:
             reduction = _nothing_pruned(tokens, n)
         if state.reducer.carries:
-            state.carries[stage] = carry
+            state.slots(block.training)[stage] = carry
         if state.trace is not None:
             state.trace.record(stage, self.block, n, reduction)
         return reduction.tokens, carry
 
-    def release(self, training: bool) -> None:
-        if self.last and _done_with_slots(training):
-            self.state.clear()
+    def _warn_untrained(self) -> None:
+        if torch.compiler.is_compiling() or self.state.warned or not torch.is_grad_enabled():
+            return
+        self.state.warned = True
+        logger.warning("%s in training drops tokens as in evaluation: its heads get no gradient yet", self.state.reducer)
+
+    def leave(self, y: Tensor, training: bool) -> None:
+        """Note what a recompute put out; drop the slots after the last block where no backward can ask for them again."""
+        if torch.compiler.is_compiling():
+            done = True
+        else:
+            if _in_backward():
+                self.state.recomputed = _address(y)
+            done = not (training or torch.is_grad_enabled())  # reentrant checkpointing runs its forward without grad
+        if self.last and done:
+            self.state.clear(training)
 
 
 def _nothing_pruned(tokens: Tensor, n: int) -> Reduction:
@@ -122,9 +162,13 @@ def _address(x: Tensor) -> int:
         return 0
 
 
-def _done_with_slots(training: bool) -> bool:
-    """Whether no backward can ask for the slots again (reentrant checkpointing runs its forward without grad, but in training)."""
-    return torch.compiler.is_compiling() or not (training or torch.is_grad_enabled())
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _length(x: Tensor) -> int:
+    """Tokens of [B, T, C] as a Python number, also where torch.jit traces lengths as tensors."""
+    return int(x.shape[1]) if torch.jit.is_tracing() else x.shape[1]
 
 
 class _Subclass(nn.Module):
@@ -147,14 +191,14 @@ class ReducedBlock(_Subclass):
         site, cut = self.squeezevit_site, self.squeezevit_cut
         _refuse_masks(self, args, kwargs)
         place = None if site.stage is None else site.state.reducer.place
-        carry = site.carry_in(x)
+        carry = site.carry_in(x, self.training)
         if place == "before":
             x, carry = site.reduce(self, x, x, carry)
         y = cut.attn_half(self, x, _as_bias(carry, x))
         if place == "between":
             y, _ = site.reduce(self, x, y, carry)
         y = cut.mlp_half(self, y)
-        site.release(self.training)
+        site.leave(y, self.training)
         return y
 
     def extra_repr(self) -> str:
@@ -212,29 +256,27 @@ def reduce_(model: Model, reducer: Reducer) -> Model:
     >>> model = reduce_(timm.create_model("vit_tiny_patch16_224"), ETPS(keep=0.5))  # doctest: +SKIP
     """
     if not isinstance(reducer, Reducer):
-        raise ConfigError(f"{reducer!r} is not a reducer; give an instance, as sv.ETPS(keep=0.7)")
+        raise ConfigError(f"a {type(reducer).__name__} is not a reducer; give the model first, then one as sv.ETPS(keep=0.7)")
     families.load_families()
     host = families.host(model)
     stages = reducer.stages(len(host.blocks))
-    if reducer.weighs and host.refuse_mass:
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot keep masses ({host.refuse_mass}); choose a reducer without, as sv.ETPS()"
-        )
+    _refuse(model, host, reducer)
     touched = _touched(reducer, stages, len(host.blocks))
     for i in touched:
         prove(host.blocks[i], i, host.dim, reducer.scored)
     heads = _heads(model, host, reducer, len(stages))
     restore_(model)
     state = State(reducer, host.prefix, host.class_token, heads, stages)
-    pooled = reducer.weighs and host.pooling is not None
+    mixin = host.mixin if touched else None
+    pooled = reducer.weighs and mixin is not None
     for i in touched:
         block = host.blocks[i]
         stage = stages.index(i) if i in stages else None
         block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
         before = sum(s < i for s in stages)
         block.squeezevit_site = Site(state, i, stage, before, last=i == touched[-1] and not pooled)  # type: ignore[assignment]
-    if pooled:
-        model.__class__ = _subclass(cast(Any, type(model)), host.pooling)
+    if mixin is not None:
+        model.__class__ = _subclass(cast(Any, type(model)), mixin)
     model.squeezevit_state = state  # type: ignore[assignment]
     if heads is not None:
         model.token_reducer = heads
@@ -247,15 +289,28 @@ def restore_(model: Model) -> Model:
     >>> restore_(torch.nn.Identity())
     Identity()
     """
-    for module in model.modules():
+    for module in list(model.modules()):
         base = vars(type(module)).get("squeezevit_base")
         if base is not None:
             module.__class__ = base
         for name in ("squeezevit_site", "squeezevit_state"):
             vars(module).pop(name, None)
-    if isinstance(getattr(model, "token_reducer", None), ScoreHeads):
-        del model.token_reducer
+        if isinstance(module._modules.get("token_reducer"), ScoreHeads):
+            del module.token_reducer
     return model
+
+
+def _refuse(model: nn.Module, host: families.Host, reducer: Reducer) -> None:
+    """Raise UnsupportedError on what no proof of a single block would find."""
+    name = type(model).__name__
+    if reducer.weighs and host.refuse_mass:
+        raise UnsupportedError(f"{name} cannot keep masses ({host.refuse_mass}); choose a reducer without, as sv.ETPS()")
+    if getattr(reducer, "score", None) == "cls" and not host.class_token:
+        raise UnsupportedError(f"{name} has no class token, but {reducer} scores by one; give score='received', or 'auto'")
+    if len({id(block) for block in host.blocks}) < len(host.blocks):
+        raise UnsupportedError(
+            f"{name} uses one block at several depths, which cannot have stages of their own; give each its own copy"
+        )
 
 
 def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int) -> list[int]:
@@ -292,14 +347,19 @@ def prove(block: nn.Module, index: int, dim: int, scored: bool) -> None:
             "blocks that are windowed or run attention and MLP side by side cannot be reduced between their halves. For any "
             "other, register attn_half, mlp_half and attention for its class as described in squeezevit.families"
         )
+    if "forward" in vars(block):
+        raise UnsupportedError(
+            f"block {index}, {base.__module__}.{base.__qualname__}, has a forward of its own set on the instance, "
+            "which its stage would never see; remove it first, or put it into a forward hook"
+        )
     parameter = next(block.parameters())
     if parameter.is_meta:
         logger.warning("block %d is on the meta device: its cut is not proved; call reduce_ again after loading weights", index)
         return
     generator = torch.Generator().manual_seed(index)
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    x = torch.randn(2, 6, dim, generator=generator).to(parameter.device, dtype)
-    with evaluation_mode(block):
+    x = torch.randn(2, 6, dim, generator=generator, device="cpu").to(parameter.device, dtype)
+    with evaluation_mode(block), ops.no_autocast(x):
         whole = base.forward(block, x)
         halves = cut.mlp_half(block, cut.attn_half(block, x))
         _require_close(base, index, whole, halves, "its two halves do not add up to its forward")
@@ -315,13 +375,9 @@ def _prove_attention(base: type, index: int, a: Attention) -> None:
     if a.key_weight is not None:
         query = a.query(a.x[:, :1])[:, :, 0]
         folded = ops.class_attention_folded(query, a.key_weight, a.x)
-        _require_close(
-            base,
-            index,
-            ops.class_attention(query, a.key(a.x)),
-            folded,
-            "its keys are not the plain linear map it states",
-        )
+        unfolded = ops.class_attention(query, a.key(a.x))
+        complaint = "its keys are not the plain linear map it states"
+        _require_close(base, index, unfolded.to(a.x.dtype), folded.to(a.x.dtype), complaint)
 
 
 def _require_close(base: type, index: int, expected: Tensor, found: Tensor, complaint: str) -> None:

@@ -37,7 +37,10 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
     name = "the given state dict" if isinstance(source, Mapping) else fspath(source)
     entries = _named(source, name) if isinstance(source, Mapping) else read_checkpoint(source)
     families.load_families()
-    entries = families.convert(model, entries)
+    try:
+        entries = families.convert(model, entries)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
     _require_fit(model, entries, name)
     model.load_state_dict(entries)
     return model
@@ -73,8 +76,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds pickled Python code, or is no torch file, and is not loaded: {_first_line(error)}. If you trust it, "
-            "load it yourself and pass its state dict: load_checkpoint_(model, state_dict)"
+            f"{path} is not loaded: it is no torch file, or holds pickled Python objects, which could run any code. If you trust "
+            "where it comes from, load it yourself and pass its state dict: load_checkpoint_(model, state_dict)"
         ) from error
     except Exception as error:  # a file that is no checkpoint makes the unpickler fail in any way it likes
         raise CheckpointError(f"{path} cannot be read as a torch checkpoint ({_first_line(error)}); it may be cut short") from error

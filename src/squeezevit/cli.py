@@ -46,7 +46,7 @@ At = Annotated[
     str | None,
     typer.Option(help="Stages: 0-based block indices, as 3,6,9.", show_default="one quarter, half and three quarters of the depth"),
 ]
-ImageSize = Annotated[int | None, typer.Option(help="Pixels a side.", show_default="the model's own")]
+ImageSize = Annotated[int | None, typer.Option(help="Pixels a side.", min=1, max=8192, show_default="the model's own")]
 BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 Precision = Annotated[str, typer.Option(help="fp32, or autocast to bf16 or fp16.")]
@@ -95,7 +95,9 @@ def evaluate(
     method: Method = "etps",
     keep: Keep = "0.7",
     at: At = None,
-    num_classes: Annotated[int | None, typer.Option(help="Outputs of the classifier.", show_default="the model's own")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Outputs of the classifier.", min=1, show_default="the model's own")
+    ] = None,
     image_size: ImageSize = None,
     batch_size: BatchSize = 32,
     workers: Annotated[int | None, typer.Option(help="Reading processes.", min=0, show_default="half the cores, at most 8")] = None,
@@ -188,7 +190,7 @@ def show(
     method: Method = "etps",
     keep: Keep = "0.5",
     at: At = None,
-    image_size: Annotated[int, typer.Option(help="Pixels of the shorter side, rounded to whole patches.", min=1)] = 224,
+    image_size: Annotated[int, typer.Option(help="Pixels of the shorter side, rounded to whole patches.", min=1, max=2048)] = 224,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.", file_okay=False)] = Path(),
     json_file: Json = None,
 ) -> None:
@@ -208,7 +210,10 @@ def show(
         reducer = _reducer(net, _checked_method(method), _keep(keep), at, None)
     else:
         net, reducer, _ = _reduced_model(model, pretrained, checkpoint, method, keep, at, None, None)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made ({error.strerror}); choose a folder of your own") from error
     rows: list[dict[str, Any]] = []
     with _progress() as bar:
         report = _named_progress(bar)
@@ -233,6 +238,9 @@ def main(argv: list[str] | None = None) -> None:
     except SqueezeViTError as error:
         errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
         sys.exit(2)
+    except OSError as error:  # a full disk, a file taken away during the run
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        sys.exit(2)
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(130)
@@ -253,6 +261,10 @@ def _reduced_model(
     from squeezevit.checkpoint import has_heads, read_checkpoint
 
     method = _checked_method(method)
+    if pretrained and checkpoint is not None:
+        raise ConfigError(f"--pretrained and --checkpoint {checkpoint} both bring weights; give one of them")
+    if not pretrained and checkpoint is None:
+        _warn(f"neither --pretrained nor --checkpoint: the weights of {name} are random, and so will the answers be")
     ratio, weights = _keep(keep), None if checkpoint is None else read_checkpoint(checkpoint)
     net = _create(name, pretrained, num_classes, image_size)
     trained = weights is not None and has_heads(weights)
@@ -279,9 +291,11 @@ def _create(name: str, pretrained: bool, num_classes: int | None, image_size: in
     except TypeError as error:
         raise ConfigError(f"--model {name} does not take {', '.join(options)} ({error}); leave --image-size out") from error
     except Exception as error:
-        if not pretrained:
-            raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
+        if not pretrained:
+            raise ConfigError(
+                f"timm cannot build {name} with {options or 'its defaults'} ({first}); choose other values"
+            ) from error
         raise ConfigError(f"the weights of {name} could not be fetched ({first}); give a file with --checkpoint instead") from error
 
 
@@ -299,6 +313,8 @@ def _reducer(net: Any, method: str, keep: float | tuple[float, ...], at: str | N
 
 
 def _to_device(net: Any, device: str) -> Any:
+    if device == "meta":
+        raise ConfigError("--device meta computes nothing; choose cpu or cuda")
     try:
         return net.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -353,8 +369,12 @@ def _setting(device: str) -> dict[str, Any]:
 
 
 def _check_json(path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise ConfigError(f"--json {path}: the folder {path.parent} does not exist; create it first")
+    if path is None:
+        return
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--json {path} cannot be written ({error.strerror}); choose a file in a folder that exists") from error
 
 
 def _write_json(path: Path | None, content: Any) -> None:

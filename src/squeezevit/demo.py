@@ -8,8 +8,9 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from squeezevit.data import dinov2, elpv
 from squeezevit.errors import ConfigError, MissingExtraError
 from squeezevit.plan import plan_macs
 from squeezevit.reducer import Reducer
-from squeezevit.reducers import ETPS, Identity, ToMe
+from squeezevit.reducers import Identity, ToMe
 from squeezevit.reducers.names import LABELS
 from squeezevit.trace import trace
 
@@ -187,7 +188,7 @@ def draw_overlays(
 
     photos = {f"a defective solar cell ({path.name})": read_image(path) for path in cells}
     photos |= {name: Image.fromarray(getattr(data, name)()) for name in ("chelsea", "coffee")}
-    reducer = min((r for m, _, r in reducers if m == "etps"), key=lambda r: abs(_mean_keep(r) - 0.5))
+    reducer = next(r for method, target, r in reducers if method == "etps" and target == 0.5)
     reduce_(model, reducer)
     figures = {}
     for name, photo in photos.items():
@@ -237,11 +238,6 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-def _mean_keep(reducer: Reducer) -> float:
-    keep = reducer.keep if isinstance(reducer, ETPS) else 1.0
-    return float(np.mean(keep))
-
-
 def _short(reducer: Reducer) -> str:
     """The solved-for setting, as a table has room for."""
     if isinstance(reducer, ToMe):
@@ -273,12 +269,7 @@ def _check_installed() -> None:
 def _check_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / "results.json"
-        probe.touch()
+        with TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error}); choose a folder of your own") from error
-
-
-def with_size(settings: Settings, **changes: Any) -> Settings:
-    """Settings with some values replaced; None leaves a value as it is."""
-    return replace(settings, **{k: v for k, v in changes.items() if v is not None})

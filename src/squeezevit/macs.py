@@ -1,5 +1,8 @@
 """Multiply-adds and token counts of a model as it is now, the reducer's own cost included."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -9,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from squeezevit import families
 from squeezevit.errors import ConfigError
 from squeezevit.modes import evaluation_mode
+from squeezevit.reducer import is_index
 from squeezevit.trace import Trace
 
 
@@ -23,7 +27,8 @@ def macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> i
     >>> macs(timm.create_model("deit_small_patch16_224"))  # doctest: +SKIP
     4598882304
     """
-    with FlopCounterMode(display=False) as counter:
+    aside = Trace(model) if "squeezevit_state" in vars(model) else nullcontext()  # an open trace of the user's stays as it is
+    with FlopCounterMode(display=False) as counter, aside:
         _fake_forward(model, image_size)
     return counter.get_total_flops() // 2
 
@@ -49,7 +54,7 @@ def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) ->
     families.load_families()
     host = families.host(model)
     size = host.image_size if image_size is None else image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = _height_width(size)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     image = torch.empty(1, host.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
@@ -59,6 +64,13 @@ def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) ->
             functional_call(model, shapes, (image,))
         except (AssertionError, RuntimeError) as error:
             raise ConfigError(
-                f"{type(model).__name__} does not run on images of {height} x {width} pixels ({error}); give its own size "
-                f"{host.image_size}, or build the model for this one, as timm.create_model(..., img_size={height})"
+                f"{type(model).__name__} does not run on images of {height} x {width} pixels ({error}); give the size "
+                f"that it was built for, {host.image_size}, or build it for another that its patches tile"
             ) from error
+
+
+def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    pair = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
+    if len(pair) != 2 or not all(is_index(side) and side for side in pair):
+        raise ConfigError(f"image_size={size!r} is no size; give pixels a side, as 224, or height and width, as (224, 336)")
+    return int(pair[0]), int(pair[1])

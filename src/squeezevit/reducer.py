@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple, get_args
+from operator import index
+from typing import ClassVar, Literal, NamedTuple, SupportsIndex, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squeezevit import ops
@@ -23,9 +25,11 @@ class Attention(NamedTuple):
     """What a family tells about one block's attention, for scoring; tokens [B, T, C] in, [B, H, T, d] out."""
 
     x: Tensor  # [B, T, C], what the projections are applied to
+    heads: int  # H
     query: Callable[[Tensor], Tensor]  # scaled, after any norm
     key: Callable[[Tensor], Tensor]  # after any norm
     key_weight: Tensor | None  # [H*d, C] where keys are this plain linear map of x, else None
+    key_bias: Tensor | None = None  # [H*d], of that map
 
 
 class Carry(NamedTuple):
@@ -84,7 +88,11 @@ class Stage:
     def keys(self) -> Tensor:
         """The block's attention keys of the patch tokens, mean over heads: [B, N, d]."""
         a = self.attend()
-        return a.key(a.x).mean(dim=1)[:, self.prefix :]
+        if a.key_weight is None:
+            return a.key(a.x).mean(dim=1)[:, self.prefix :]
+        weight = a.key_weight.unflatten(0, (a.heads, -1)).mean(dim=0)  # the mean of linear maps is one: 1/H of the cost
+        bias = None if a.key_bias is None else a.key_bias.unflatten(0, (a.heads, -1)).mean(dim=0)
+        return F.linear(a.x[:, self.prefix :], weight, bias)
 
     def rows(self, kept: Tensor) -> Tensor:
         """Row numbers of the prefix and the kept patch tokens: [B, K] -> [B, P + K]."""
@@ -192,7 +200,7 @@ class Staged(Reducer):
 
     def count(self, stage: int, n: int, n0: int) -> int:
         """K_j = ceil(keep_j * K_{j-1}), as EViT and eTPS; never 0."""
-        return math.ceil(n * self.ratio(stage) - EPS)
+        return max(math.ceil(n * self.ratio(stage) - EPS), 1)
 
 
 def floor_of_first(reducer: Staged, stage: int, n: int, n0: int) -> int:
@@ -206,6 +214,12 @@ def outgoing_carry(reducer: Reducer, carry: Carry, mass: Tensor | None) -> Carry
     if mass is None or not reducer.weighs:
         return carry
     return Carry(carry.n0, mass.detach(), mass.detach().log()[:, None, None])
+
+
+def check_flag(reducer: Reducer, name: str) -> None:
+    """Raise ConfigError where a field is not True or False."""
+    if not isinstance(value := getattr(reducer, name), bool):
+        raise ConfigError(f"{type(reducer).__name__}: {name}={value!r} is neither True nor False; give one of them")
 
 
 def check_score(reducer: Reducer) -> None:
@@ -227,7 +241,7 @@ def _ratios(name: str, keep: float | Sequence[float]) -> float | tuple[float, ..
 def _ratio(name: str, keep: object, value: object) -> float:
     try:
         ratio = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         ratio = math.nan
     if isinstance(value, bool | str) or not 0 < ratio <= 1:  # NaN fails the comparison too
         raise ConfigError(f"{name}: keep={keep!r} is not a ratio of tokens kept; give a number above 0 and at most 1, as 0.7")
@@ -236,9 +250,14 @@ def _ratio(name: str, keep: object, value: object) -> float:
 
 def _blocks(name: str, at: Sequence[int]) -> tuple[int, ...]:
     values = tuple(at) if isinstance(at, Sequence) and not isinstance(at, str) else (at,)
-    good = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in values)
-    if not values or not good or any(a >= b for a, b in pairwise(values)):
+    good = bool(values) and all(is_index(i) for i in values)
+    if not good or any(a >= b for a, b in pairwise(values)):
         raise ConfigError(
             f"{name}: at={at!r} is not a list of stages; give 0-based block indices in ascending order, each once, as (3, 6, 9)"
         )
-    return values
+    return tuple(map(int, values))
+
+
+def is_index(value: object) -> bool:
+    """Whether a value is a whole number of 0 or more (NumPy's too, booleans not)."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool) and index(value) >= 0

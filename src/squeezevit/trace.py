@@ -65,8 +65,8 @@ class Trace:
         stages = self.stages
         if not 0 <= stage < len(stages):
             raise ConfigError(
-                f"stage {stage} was not traced ({len(stages)} were, by {self._state.reducer}); run the model inside "
-                "`with sv.trace(model) as t:`, with a reducer that has stages"
+                f"there is no stage {max(stage, 0)} in this trace ({len(stages)} were traced, of {self._state.reducer}); run the "
+                "model inside `with sv.trace(model) as t:`, with a reducer that has stages"
             )
         groups = stages[0].destinations()
         for s in stages[1 : stage + 1]:
@@ -78,8 +78,10 @@ class Trace:
 
         Shapes: patch tokens without prefix [B, K_last, C] -> [B, N0, C]. Raises ConfigError where the count is another.
         """
-        if not self._records:
+        if not self._state.stages:
             return tokens
+        if not self._records:
+            raise ConfigError("nothing was traced; run the model inside `with sv.trace(model) as t:` before scatter_back")
         expected = self.stages[-1].n_out
         if tokens.dim() != 3 or tokens.shape[1] != expected:
             raise ConfigError(

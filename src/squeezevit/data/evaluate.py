@@ -116,6 +116,8 @@ def evaluate(
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
     if device is None:
         return next((p.device for p in model.parameters()), torch.device("cpu"))
+    if str(device) == "meta":
+        raise ConfigError("device='meta' computes nothing: choose cpu or cuda")
     try:
         place = torch.device(device)
         model.to(place)

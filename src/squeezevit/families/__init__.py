@@ -43,7 +43,7 @@ class Host:
     dim: int  # C
     channels: int  # of the input image
     image_size: tuple[int, int]  # height and width the model is set up for
-    pooling: type | None = None  # mixin that pools by mass, None where pooling does not look at patch tokens
+    mixin: type | None = None  # put in front of a reduced model's class, for what it does with patch tokens after the blocks
     refuse_mass: str = ""  # why masses cannot be respected, if they cannot
 
 

@@ -1,6 +1,7 @@
 """timm's VisionTransformer: ViT, DeiT (distilled too), DeiT-III, DINOv2, CLIP, SigLIP, MAE and all others with plain blocks."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from squeezevit.errors import UnsupportedError
+from squeezevit.errors import CheckpointError, UnsupportedError
 from squeezevit.families import Host, attention, attn_half, convert, host, mlp_half
 from squeezevit.reducer import Attention
 
@@ -52,8 +53,10 @@ def _attention(attn: nn.Module, x: Tensor) -> Attention:
     query = partial(_project, attn, 0)
     key = partial(_project, attn, 1)
     plain = _is_plain(attn.qkv) and isinstance(attn.k_norm, nn.Identity)
-    weight = attn.qkv.weight[attn.attn_dim : 2 * attn.attn_dim] if plain else None
-    return Attention(x, query, key, weight)
+    rows = slice(attn.attn_dim, 2 * attn.attn_dim)
+    weight = attn.qkv.weight[rows] if plain else None
+    bias = attn.qkv.bias[rows] if plain and attn.qkv.bias is not None else None
+    return Attention(x, attn.num_heads, query, key, weight, bias)
 
 
 def _project(attn: TimmAttention, which: int, x: Tensor) -> Tensor:
@@ -73,12 +76,34 @@ def _is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not hooked
 
 
-class PoolByMass:
-    """Pooling in which a token counts as many times as it has patches; without masses, the host's own."""
+class ReducedVisionTransformer:
+    """What a reduced model does with its tokens after the blocks."""
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's own; masses go with the features they belong to, for whoever pools them and when."""
+        x = super().forward_features(*args, **kwargs)  # type: ignore[misc]
+        state = self.squeezevit_state  # type: ignore[attr-defined]
+        mass = state.final_mass(self.training) if state.reducer.weighs else None  # type: ignore[attr-defined]
+        if mass is not None:
+            x.squeezevit_mass = mass
+        return x
+
+    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
+        """The host's own as tokens; refused as grids, which reduced tokens do not fill."""
+        reducer = self.squeezevit_state.reducer  # type: ignore[attr-defined]
+        if output_fmt != "NLC":
+            raise UnsupportedError(
+                f"forward_intermediates(output_fmt={output_fmt!r}) lays tokens out as a grid, which those left by {reducer} do not "
+                "fill; give output_fmt='NLC', and sv.trace with its scatter_back where a grid is needed"
+            )
+        return super().forward_intermediates(x, *args, output_fmt=output_fmt, **kwargs)  # type: ignore[misc]
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Pooling in which a token counts as many times as it has patches; without masses, the host's own."""
+        return self._pool(x, pool_type, getattr(x, "squeezevit_mass", None))
+
+    def _pool(self, x: Tensor, pool_type: str | None, mass: Tensor | None) -> Tensor:
         pool = super().pool  # type: ignore[misc]
-        mass = self.squeezevit_state.final_mass()  # type: ignore[attr-defined]
         pool_type = self.global_pool if pool_type is None else pool_type  # type: ignore[attr-defined]
         if mass is None:
             return pool(x, pool_type)
@@ -87,7 +112,7 @@ class PoolByMass:
             bias = mass[:, None, None, first:].log().to(x.dtype)
             return self.attn_pool(x[:, first:], attn_mask=bias)  # type: ignore[attr-defined]
         if pool_type == "avgmax":
-            return 0.5 * (self.pool(x, "max") + self.pool(x, "avg"))
+            return 0.5 * (pool(x, "max") + self._pool(x, "avg", mass))
         if pool_type != "avg":
             return pool(x, pool_type)
         share = mass / mass[:, first:].mean(dim=1, keepdim=True)
@@ -106,12 +131,17 @@ def _(model: VisionTransformer) -> Host:
         dim=model.embed_dim,
         channels=getattr(proj, "in_channels", 3),
         image_size=(int(height), int(width)),
-        pooling=PoolByMass if model.global_pool in ("avg", "avgmax", "map") else None,
+        mixin=ReducedVisionTransformer,
         refuse_mass="its 'prr' pooling attends without a mask" if model.global_pool == "prr" else "",
     )
 
 
 @convert.register
 def _(model: VisionTransformer, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return checkpoint_filter_fn(state_dict, model)
+    try:
+        with torch.no_grad():
+            return checkpoint_filter_fn(state_dict, model)
+    except (RuntimeError, IndexError, KeyError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"timm cannot fit the checkpoint to this {type(model).__name__} ({error}); build the model it was saved from"
+        ) from error

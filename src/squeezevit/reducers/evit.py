@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from squeezevit import ops
-from squeezevit.reducer import Reduction, Score, Stage, Staged, check_score
+from squeezevit.reducer import Reduction, Score, Stage, Staged, check_flag, check_score
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class EViT(Staged):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_score(self)
+        check_flag(self, "normalize")
 
     def reduce(self, s: Stage) -> Reduction:
         scores = s.scores(self.score)

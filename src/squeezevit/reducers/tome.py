@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from squeezevit import ops
 from squeezevit.errors import ConfigError
-from squeezevit.reducer import Reducer, Reduction, Stage
+from squeezevit.reducer import Reducer, Reduction, Stage, is_index
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class ToMe(Reducer):
 
     def __post_init__(self) -> None:
         values = tuple(self.r) if isinstance(self.r, Sequence) and not isinstance(self.r, str) else (self.r,)
-        if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in values):
+        if not values or not all(is_index(v) for v in values):
             raise ConfigError(f"ToMe: r={self.r!r} is not a number of tokens; give an integer of 0 or more, or one per block")
-        if isinstance(self.r, Sequence):
-            object.__setattr__(self, "r", values)
+        whole = tuple(map(int, values))
+        object.__setattr__(self, "r", whole if isinstance(self.r, Sequence) else whole[0])
 
     @property
     def carries(self) -> bool:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from squeezevit import ops
-from squeezevit.reducer import Reduction, Score, Stage, Staged, check_score, floor_of_first
+from squeezevit.reducer import Reduction, Score, Stage, Staged, check_flag, check_score, floor_of_first
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ETPS(Staged):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_score(self)
+        check_flag(self, "mass")
 
     @property
     def carries(self) -> bool:
