@@ -4,7 +4,7 @@ stage between or before them. Nothing is wrapped and nothing is copied, so keys,
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -21,20 +21,9 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Slots(threading.local):
-    """What each stage left behind in the running forward of this thread."""
-
-    def __init__(self, stages: int) -> None:
-        self.carries: list[Carry | None] = [None] * stages
-
-
 @dataclass(eq=False)
 class State:
-    """What the reduced blocks of one model share. Slots are written by their stage alone and dropped on copy.
-
-    In evaluation every thread has its own, so that a server may run one model in several. In training, and in compiled graphs,
-    they are shared: on an accelerator the backward that recomputes a block runs in a thread of its own.
-    """
+    """What the reduced blocks of one model share. Slots are written by their stage alone and dropped on copy."""
 
     reducer: Reducer
     prefix: int
@@ -42,35 +31,26 @@ class State:
     heads: ScoreHeads | None
     stages: tuple[int, ...]
     trace: Any = None
+    slots: list[Carry | None] = field(default_factory=list)  # one for each stage
+    thread: int = 0  # in which the running forward began
     recomputed: int = 0  # address of what the last recomputed block put out
     warned: bool = False
 
     def __post_init__(self) -> None:
-        self._shared: list[Carry | None] = [None] * len(self.stages)
-        self._own = Slots(len(self.stages))
+        self.clear()
 
-    def slots(self, training: bool) -> list[Carry | None]:
-        return self._shared if training or torch.compiler.is_compiling() else self._own.carries
+    def clear(self) -> None:
+        self.slots = [None] * len(self.stages)
 
     def final_mass(self, training: bool) -> Tensor | None:
         """Masses of the tokens that left the last block, [B, T]; None where nothing was reduced."""
-        slots = self.slots(training)
-        mass = None if not slots or slots[-1] is None else slots[-1].mass
-        if torch.compiler.is_compiling() or not (training or torch.is_grad_enabled()):
-            self.clear(training)
+        mass = None if not self.slots or self.slots[-1] is None else self.slots[-1].mass
+        if _done_with_slots(training):
+            self.clear()
         return mass
 
-    def clear(self, training: bool) -> None:
-        slots = self.slots(training)
-        for i in range(len(slots)):
-            slots[i] = None
-
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_shared", "_own", "trace")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, trace=None)
-        self.__post_init__()
+        return {**vars(self), "slots": [None] * len(self.stages), "trace": None}
 
 
 @dataclass(eq=False)
@@ -84,30 +64,33 @@ class Site:
     last: bool  # no later block reads the slots, nor does pooling
     seen: int = 0  # address of the block's input in the last forward; see `_check_recompute`
 
-    def carry_in(self, x: Tensor, training: bool) -> Carry:
+    def carry_in(self, x: Tensor) -> Carry:
         if not self.state.reducer.carries or not self.before:
             return Carry(n0=_length(x) - self.state.prefix)
-        if self.state.reducer.weighs:
-            self._check_recompute(x)
-        carry = self.state.slots(training)[self.before - 1]
+        carry = self.state.slots[self.before - 1]
         if carry is None:
             raise UnsupportedError(
                 f"block {self.block} ran without the blocks before it, but {self.state.reducer} needs what they left behind; call "
                 "the whole model, or sv.restore_ it first"
             )
+        if not torch.compiler.is_compiling():
+            self._check_owner(x)
         return carry
 
-    def _check_recompute(self, x: Tensor) -> None:
-        """Activation checkpointing runs a block again in backward; its slots must still be those of the same forward."""
-        if torch.compiler.is_compiling():
-            return
+    def _check_owner(self, x: Tensor) -> None:
+        """The slots must be those of this very forward: not another thread's, nor a later one's where backward recomputes."""
+        state = self.state
         if not _in_backward():
             self.seen = _address(x)
-        elif _address(x) not in (self.seen, self.state.recomputed):
+            if state.thread != threading.get_ident():
+                raise UnsupportedError(
+                    f"block {self.block}: another thread runs this model at the same time, and {state.reducer} leaves something "
+                    "behind between blocks; give each thread a copy (copy.deepcopy), or run one forward at a time"
+                )
+        elif state.reducer.weighs and _address(x) not in (self.seen, state.recomputed):
             raise UnsupportedError(
                 f"block {self.block} is recomputed in backward after another forward of the same model replaced its masses; "
-                f"with "
-                f"{self.state.reducer} and activation checkpointing call backward after each forward, or switch checkpointing off"
+                f"with {state.reducer} and activation checkpointing call backward after each forward, or switch checkpointing off"
             )
 
     def reduce(self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
@@ -126,7 +109,9 @@ class Site:
         else:
             reduction = _nothing_pruned(tokens, n)
         if state.reducer.carries:
-            state.slots(block.training)[stage] = carry
+            state.slots[stage] = carry
+            if stage == 0 and not torch.compiler.is_compiling() and not _in_backward():
+                state.thread = threading.get_ident()
         if state.trace is not None:
             state.trace.record(stage, self.block, n, reduction)
         return reduction.tokens, carry
@@ -139,14 +124,10 @@ class Site:
 
     def leave(self, y: Tensor, training: bool) -> None:
         """Note what a recompute put out; drop the slots after the last block where no backward can ask for them again."""
-        if torch.compiler.is_compiling():
-            done = True
-        else:
-            if _in_backward():
-                self.state.recomputed = _address(y)
-            done = not (training or torch.is_grad_enabled())  # reentrant checkpointing runs its forward without grad
-        if self.last and done:
-            self.state.clear(training)
+        if not torch.compiler.is_compiling() and _in_backward():
+            self.state.recomputed = _address(y)
+        if self.last and _done_with_slots(training):
+            self.state.clear()
 
 
 def _nothing_pruned(tokens: Tensor, n: int) -> Reduction:
@@ -160,6 +141,11 @@ def _address(x: Tensor) -> int:
         return x.data_ptr() if type(x) is Tensor else 0
     except RuntimeError:
         return 0
+
+
+def _done_with_slots(training: bool) -> bool:
+    """Whether no backward can ask for the slots again (reentrant checkpointing runs its forward without grad, but in training)."""
+    return torch.compiler.is_compiling() or not (training or torch.is_grad_enabled())
 
 
 def _in_backward() -> bool:
@@ -191,7 +177,7 @@ class ReducedBlock(_Subclass):
         site, cut = self.squeezevit_site, self.squeezevit_cut
         _refuse_masks(self, args, kwargs)
         place = None if site.stage is None else site.state.reducer.place
-        carry = site.carry_in(x, self.training)
+        carry = site.carry_in(x)
         if place == "before":
             x, carry = site.reduce(self, x, x, carry)
         y = cut.attn_half(self, x, _as_bias(carry, x))
@@ -262,7 +248,7 @@ def reduce_(model: Model, reducer: Reducer) -> Model:
     stages = reducer.stages(len(host.blocks))
     _refuse(model, host, reducer)
     touched = _touched(reducer, stages, len(host.blocks))
-    for i in touched:
+    for i in range(touched[0] if touched else len(host.blocks), len(host.blocks)):  # later blocks see fewer tokens, too
         prove(host.blocks[i], i, host.dim, reducer.scored)
     heads = _heads(model, host, reducer, len(stages))
     restore_(model)
@@ -363,6 +349,7 @@ def prove(block: nn.Module, index: int, dim: int, scored: bool) -> None:
         whole = base.forward(block, x)
         halves = cut.mlp_half(block, cut.attn_half(block, x))
         _require_close(base, index, whole, halves, "its two halves do not add up to its forward")
+        x[:, -1] = x[:, 0]  # so that what quantises by the largest value sees the same one with the last token and without
         bias = x.new_zeros(2, 1, 1, 6)
         bias[..., -1] = -1e4
         hidden = cut.attn_half(block, x, bias)[:, :-1]

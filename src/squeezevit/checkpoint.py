@@ -111,7 +111,7 @@ def _weights(content: Mapping[str, Any], name: str) -> dict[str, Tensor]:
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    weights = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    weights = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not weights:
         found = ", ".join(map(repr, list(content)[:_SHOWN])) or "nothing"
         raise CheckpointError(f"{name} holds no weights (found {found}); expected tensors by name, or under one of {_NESTED}")

@@ -84,7 +84,7 @@ def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of every image: [B, T, C], [B, M] -> [B, M, C] (a flat row copy: 9 x faster than `gather` on CPU)."""
     B, T, C = x.shape
-    return x.reshape(B * T, C).index_select(0, _flat(index, T)).view(B, -1, C)
+    return x.reshape(B * T, C).index_select(0, _flat(index, T)).view(B, index.shape[1], C)
 
 
 def _flat(index: Tensor, rows: int) -> Tensor:

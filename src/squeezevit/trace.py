@@ -65,7 +65,7 @@ class Trace:
         stages = self.stages
         if not 0 <= stage < len(stages):
             raise ConfigError(
-                f"there is no stage {max(stage, 0)} in this trace ({len(stages)} were traced, of {self._state.reducer}); run the "
+                f"there is no stage {stage} in this trace ({len(stages)} were traced, of {self._state.reducer}); run the "
                 "model inside `with sv.trace(model) as t:`, with a reducer that has stages"
             )
         groups = stages[0].destinations()

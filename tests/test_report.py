@@ -1,0 +1,378 @@
+"""The report and its pictures: what must be true of them, not how they look."""
+
+from __future__ import annotations
+
+import copy
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
+from PIL import Image  # noqa: E402
+
+from squeezevit.errors import DataError  # noqa: E402
+from squeezevit.report import Panel, Stage, draw_stage, figure, panels, stages_from_trace, write_report  # noqa: E402
+from squeezevit.report.charts import accuracy_chart, cosine_chart, speed_chart  # noqa: E402
+from squeezevit.report.findings import findings, ties  # noqa: E402
+from squeezevit.report.html import picture_uri  # noqa: E402
+from squeezevit.report.overlay import group_colours, outline_mask, palette, patch_of_pixel  # noqa: E402
+
+GREY = np.full((224, 224, 3), 150, dtype=np.uint8)
+VOID = {"meta", "img", "br", "wbr", "hr", "link", "input"}
+
+
+def photo(height: int = 224, width: int = 224) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], axis=-1).astype(np.uint8)
+
+
+def trace(stages: list[tuple[list[int], list[int] | None]], patches: int, extra: bool = False) -> SimpleNamespace:
+    """A finished trace of one image: per stage the kept tokens, and the others' hosts, or None if they are dropped."""
+    group = np.arange(patches)
+    traced, groups = [], []
+    count = patches
+    for block, (kept, hosts) in enumerate(stages, start=3):
+        pruned = [i for i in range(count) if i not in kept]
+        goes_to = np.full(count, -1)
+        goes_to[kept] = np.arange(len(kept))
+        if hosts is not None:
+            goes_to[pruned] = hosts
+        group = np.where(group >= 0, goes_to[group], -1)
+        rows = (None if row is None else torch.tensor([row]) for row in (kept, pruned, hosts))
+        named = dict(zip(("kept", "pruned", "hosts"), rows, strict=True))
+        traced.append(SimpleNamespace(block=block, scores=None, **named))
+        groups.append(torch.from_numpy(group)[None])
+        count = len(kept) + extra
+    return SimpleNamespace(stages=traced, groups=groups[-1], groups_after=lambda index: groups[index])
+
+
+def row(method: str, target: float, accuracy: float, **other: Any) -> dict[str, Any]:
+    return {
+        "method": method,
+        "label": method.replace("ETPS", "eTPS"),
+        "reducer": f"{method}(at=(3, 6, 9))",
+        "target": target,
+        "macs": int(target * 6e9),
+        "macs_share": target,
+        "tokens": [182, 130, 92],
+        "images_per_second": 40 / target,
+        "speedup": 0.9 / target,
+        "speedup_best": 0.95 / target,
+        "accuracy": accuracy,
+        "accuracy_se": 0.018,
+        "paired_difference": accuracy - 0.85,
+        "paired_difference_se": 0.01,
+        "cosine": 0.5 + accuracy / 2,
+        "cosine_se": 0.002,
+        **other,
+    }
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    methods = {"ETPS": 0.83, "ETPS+mass": 0.845, "EViT": 0.8, "TopK": 0.76, "ToMe": 0.842, "Random": 0.81}
+    rows = [row(m, t, a - (0.65 - t) / 5) for t in (0.65, 0.5, 0.35) for m, a in methods.items()]
+    return {
+        "created": "2000-01-01T00:00:00+00:00",
+        "command": "squeezevit demo --out 'a <b> & c'",
+        "machine": {"cpu": "a <processor>", "cores": 2, "threads": 1, "device": "cpu"},
+        "versions": {"torch": "0.0"},
+        "settings": {"image_size": 224, "n_train": 8, "n_test": 4, "seed": 0, "batch_size": 2, "rounds": 3, "quick": False},
+        "model": {"name": "vit_test", "parameters": 22_000_000, "weights": "none", "sha256": "0" * 64},
+        "dense": row("dense", 1.0, 0.85, cosine=1.0, speedup=1.0),
+        "rows": rows,
+        "seconds": 1.0,
+    }  # fmt: skip
+
+
+class Page(HTMLParser):
+    """A page as a list of tags and its text; fails where a tag is left open or closed twice."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.cells: list[list[str]] = []
+        self.words = ""
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.cells.append([])
+        if tag in {"td", "th"}:
+            self.cells[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "title"} & set(self.open):
+            self.words += data
+        if {"td", "th"} & set(self.open):
+            self.cells[-1][-1] += data
+
+
+def render(results: dict[str, Any], tmp_path: Any, figures: dict[str, Any] | None = None) -> tuple[Page, str]:
+    path = tmp_path / "report.html"
+    write_report(results, figures or {}, path)
+    source = path.read_text(encoding="utf-8")
+    return Page(source), source
+
+
+def test_stages_follow_every_token_to_its_own_patch() -> None:
+    first, second = stages_from_trace(trace([([0, 2, 3], [0, 2, 2]), ([0, 2], [1])], patches=6))
+    assert first.after.tolist() == [0, 0, 1, 2, 2, 2]
+    assert first.pruned.tolist() == [False, True, False, False, True, True]
+    assert second.before.tolist() == first.after.tolist()
+    assert second.after.tolist() == [0, 0, 1, 1, 1, 1]
+    assert second.pruned.tolist() == [False, True, True, False, True, True]
+    assert (first.caption, second.caption) == ("block 3: 3 reserved, 3 pruned", "block 4: 2 reserved, 1 pruned")
+
+
+def test_stages_of_dropped_tokens_have_no_group() -> None:
+    (stage,) = stages_from_trace(trace([([1, 2], None)], patches=4))
+    assert stage.after.tolist() == [-1, 0, 1, -1]
+    assert not stage.hosted
+    assert "2 dropped" in stage.caption
+
+
+def test_an_extra_token_has_no_own_patch() -> None:
+    first, second = stages_from_trace(trace([([0, 1], [2, 2]), ([0, 2], [2])], patches=4, extra=True))
+    assert first.extra == 1
+    assert first.pruned.tolist() == [False, False, True, True]
+    assert second.pruned.tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (7, 5), (16, 16)])
+@pytest.mark.parametrize("wished", [False, True])
+def test_groups_that_touch_differ_in_colour(grid: tuple[int, int], wished: bool) -> None:
+    rng = np.random.default_rng(0)
+    after = rng.integers(-1, grid[0] * grid[1] // 3, grid[0] * grid[1])
+    previous = np.zeros(len(after), dtype=int) if wished else None
+    colours = group_colours(after, grid, previous).reshape(grid)
+    groups = after.reshape(grid)
+    for y in range(grid[0]):
+        for x in range(grid[1]):
+            shared = groups[y, x] >= 0 and (after == groups[y, x]).sum() > 1
+            assert (colours[y, x] >= 0) == shared
+            for other in ((y, x + 1), (y + 1, x - 1), (y + 1, x), (y + 1, x + 1)):
+                if other[0] < grid[0] and 0 <= other[1] < grid[1] and min(colours[y, x], colours[other]) >= 0:
+                    assert (colours[y, x] == colours[other]) == (groups[y, x] == groups[other])
+
+
+def test_a_group_keeps_its_colour_from_stage_to_stage() -> None:
+    first = np.array([0, 0, 1, 1, 2, 2, 2, 3])
+    second = np.array([0, 0, 1, 1, 1, 1, 1, 3])
+    before = group_colours(first, (1, 8))
+    assert group_colours(second, (1, 8), before)[4] == before[4]
+
+
+def test_colours_can_be_told_apart() -> None:
+    colours = palette(12)
+    gaps = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + np.eye(12)
+    assert gaps.min() > 0.15
+    assert np.array_equal(palette(30)[:12], colours)
+
+
+def test_outline_lies_exactly_on_group_borders() -> None:
+    grid, size = (3, 4), (90, 122)
+    after = np.array([0, 0, 1, 1, 0, 2, 2, 1, 3, 3, 2, 1])
+    group = after[patch_of_pixel(grid, size)]
+    mask = outline_mask(group, 1)
+    expected = np.zeros(size, dtype=bool)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            around = group[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
+            expected[y, x] = (around != group[y, x]).any()
+    assert np.array_equal(mask, expected)
+    assert not outline_mask(np.zeros(size, dtype=int), 3).any()
+
+
+def test_drawing_changes_borders_and_pruned_patches_only() -> None:
+    """On a reserved patch that hosts others only border and dot are drawn; between patches of one group nothing is."""
+    after = np.repeat(np.arange(8), 8)  # one group per row of patches
+    pruned = np.arange(64) % 8 != 0
+    drawn = np.asarray(draw_stage(GREY, np.arange(64), after, (8, 8), pruned)).astype(int)
+    cell = drawn.shape[0] // 8
+    hosts = drawn[:, :cell]
+    reserved = (hosts == 150).all(axis=-1)
+    assert reserved.mean() > 0.4
+    inside = drawn[cell // 2, 2 * cell : 7 * cell]
+    assert (inside == inside[0]).all()
+    assert (inside[0] != 150).any()
+    border = drawn[cell - 1, 2 * cell : 7 * cell]
+    assert (np.abs(border - inside[0]).sum(axis=-1) > 60).all()
+    line = palette(12)[group_colours(after, (8, 8))[0]] * 255
+    assert np.abs(drawn[cell - 3, 2 * cell : 7 * cell] - line).max() <= 1
+
+
+def test_untouched_tokens_show_the_photograph() -> None:
+    stage = np.arange(64)
+    drawn = np.asarray(draw_stage(GREY, stage, stage, (8, 8), np.zeros(64, dtype=bool)))
+    mask = outline_mask(stage[patch_of_pixel((8, 8), drawn.shape[:2])], 1)
+    assert (drawn[~mask] == 150).all()
+    assert (drawn[mask] < 150).all()
+
+
+def test_dropped_patches_are_darker_and_darker_still_when_dropped_earlier() -> None:
+    before, after = np.arange(64), np.arange(64)
+    before[:16] = after[:32] = -1
+    drawn = np.asarray(draw_stage(GREY, before, after, (8, 8), after < 0)).mean(axis=(1, 2))
+    earlier, now, kept = (part.mean() for part in (drawn[:110], drawn[114:222], drawn[226:]))
+    assert earlier < now < 0.7 * kept
+    assert len(np.unique(np.asarray(draw_stage(GREY, before, after, (8, 8), after < 0))[30:50, 30:50])) > 1  # the hatch
+
+
+def test_what_joined_now_is_washed_more_strongly() -> None:
+    before, after = np.arange(64), np.zeros(64, dtype=int)
+    before[:32] = 0
+    pruned = np.arange(64) > 0
+    drawn = np.asarray(draw_stage(GREY, before, after, (8, 8), pruned)).astype(int)
+    early, late = np.abs(drawn[150, 300] - 150).sum(), np.abs(drawn[400, 300] - 150).sum()
+    assert late > 1.2 * early
+
+
+@pytest.mark.parametrize(("size", "grid"), [((224, 336), (16, 24)), ((518, 518), (37, 37)), ((250, 199), (7, 5))])
+def test_any_size_and_grid(size: tuple[int, int], grid: tuple[int, int]) -> None:
+    count = grid[0] * grid[1]
+    after = np.arange(count) // 3
+    drawn = draw_stage(photo(*size), np.arange(count), after, grid, np.arange(count) % 3 > 0)
+    assert drawn.width * size[0] == drawn.height * size[1]
+    assert min(drawn.size) >= 448
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    index = np.arange(63)
+    with pytest.raises(DataError, match="after has shape"):
+        draw_stage(photo(), np.arange(64), index, (8, 8), np.zeros(64, dtype=bool))
+    with pytest.raises(DataError, match="uint8"):
+        draw_stage(photo().astype(float), np.arange(64), np.arange(64), (8, 8), np.zeros(64, dtype=bool))
+    with pytest.raises(DataError, match="63 patches form no square"):
+        panels(photo(), [Stage(3, index, index, index < 0, 63, 0)])
+
+
+def test_figure_has_a_panel_per_stage() -> None:
+    stages = stages_from_trace(trace([(list(range(8)), list(range(8))), ([0, 3, 5], [0, 1, 2, 0, 1])], patches=16))
+    drawn = panels(photo(), stages)
+    assert [panel.caption for panel in drawn] == [
+        "photograph, 16 patches",
+        "block 3: 8 reserved, 8 pruned",
+        "block 4: 3 reserved, 5 pruned",
+    ]
+    one_row, one_column = figure(photo(), stages, title="title"), figure(photo(), stages, columns=1)
+    assert one_row.width > 3 * 448
+    assert one_column.height > 3 * 448
+    assert figure(photo(), []).width < 600
+
+
+def test_report_is_whole_and_loads_nothing(results: dict[str, Any], tmp_path: Any) -> None:
+    picture = Image.fromarray(photo())
+    page, source = render(results, tmp_path, {"cell 1": picture, "cell 2": [Panel(picture, "photograph")]})
+    assert "http" not in source
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/"))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'(?:url\(|href=")#([^)"]+)', source)
+    assert references
+    assert set(references) <= set(ids)
+    assert sum(tag == "img" for tag, _ in page.tags) == 2
+
+
+def test_report_has_every_row_with_its_numbers(results: dict[str, Any], tmp_path: Any) -> None:
+    page, _ = render(results, tmp_path)
+    table = [cells for cells in page.cells if len(cells) > 1]
+    assert len(table) == 1 + 1 + len(results["rows"])
+    for expected, cells in zip([results["dense"], *results["rows"]], table[1:], strict=True):
+        assert cells[0] == expected["label"] + expected["reducer"]
+        assert cells[1] == f"{expected['macs'] / 1e9:.2f}"
+        assert f"{100 * expected['accuracy']:.1f} ± 1.8" in cells[5]
+
+
+def test_report_escapes_what_it_is_given(results: dict[str, Any], tmp_path: Any) -> None:
+    for other in (results["rows"][0], results["rows"][6]):
+        other.update(method="<i>&new", label="<script>alert(1)</script>", reducer='X(a="<&>")')
+    page, source = render(results, tmp_path, {"<u>figure</u>": Image.fromarray(photo())})
+    assert not {"script", "i", "u", "b"} & {tag for tag, _ in page.tags}
+    for text in ("<script>alert(1)</script>", 'X(a="<&>")', "a <b> & c", "a <processor>", "<u>figure</u>"):
+        assert text in page.words
+    assert "<i>" not in source
+
+
+def test_report_without_timings(results: dict[str, Any], tmp_path: Any) -> None:
+    timings = dict.fromkeys(("images_per_second", "speedup", "speedup_best"))
+    results["rows"][0].update(timings)
+    page, _ = render(results, tmp_path)
+    assert "This run holds no values" not in page.words
+    for other in [results["dense"], *results["rows"]]:
+        other.update(timings, cosine=None, cosine_se=None)
+    page, _ = render(results, tmp_path)
+    assert page.words.count("This run holds no values for this chart.") == 2
+    assert "None" not in page.words
+
+
+def test_charts_draw_every_method_and_the_dense_model(results: dict[str, Any]) -> None:
+    for draw in (accuracy_chart, cosine_chart, speed_chart):
+        words = re.findall(r"<text[^>]*>([^<]*)</text>", draw(results))
+        assert {other["label"] for other in results["rows"]} <= set(words)
+        assert any(word.startswith("dense") for word in words)
+
+
+def test_a_method_has_one_colour_in_all_charts_and_no_two_methods_share_it(results: dict[str, Any]) -> None:
+    variables = [set(re.findall(r"var\(--m-([\w-]+),", draw(results))) for draw in (accuracy_chart, speed_chart)]
+    assert variables[0] == variables[1]
+    assert len(variables[0]) == 6
+
+
+def test_ties_are_within_one_standard_error_of_the_difference() -> None:
+    best = row("A", 0.5, 0.80)
+    near, far = row("B", 0.5, 0.80 - 0.0141), row("C", 0.5, 0.80 - 0.0142)  # sqrt(2) * 0.01 lies between
+    assert ties([best, near, far], best) == [near]
+    unpaired = row("D", 0.5, 0.78, paired_difference_se=None)
+    assert ties([best, unpaired], best) == [unpaired]  # sqrt(2) * 0.018
+
+
+def test_findings_follow_the_numbers(results: dict[str, Any]) -> None:
+    said = dict(findings(results))
+    assert said["At 65 % of the MACs"][0].startswith("Highest accuracy: eTPS+mass, 84.5 ± 1.8 %, tied with ToMe. Behind it")
+    assert "Tied with the dense model: eTPS+mass and ToMe." in said["At 65 % of the MACs"][1]
+    assert said["At 35 % of the MACs"][1] == "Every method is below the dense model."
+    assert "TopK at 65 %, 50 % and 35 %" in said["Over all budgets"][1]
+    turned = copy.deepcopy(results)
+    for other in turned["rows"]:
+        other["accuracy"] = 0.95 if other["method"] == "TopK" else 0.7
+        other["paired_difference"] = other["accuracy"] - 0.85
+    said = dict(findings(turned))
+    assert said["At 50 % of the MACs"][0].startswith("Highest accuracy: TopK")
+    assert said["At 50 % of the MACs"][1].startswith("Above the dense model: TopK.")
+    assert said["Over all budgets"][1].startswith("No method is behind random pruning")
+
+
+def test_a_missed_budget_is_marked(results: dict[str, Any], tmp_path: Any) -> None:
+    assert "†" not in render(results, tmp_path)[0].words
+    results["rows"][3]["macs_share"] += 0.02
+    assert "misses its budget" in render(results, tmp_path)[0].words
+
+
+def test_pictures_are_made_to_fit() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8))
+    uri, size = picture_uri(noise, 40_000)
+    assert len(uri) < 1.4 * 40_000
+    assert abs(size[0] * 600 - size[1] * 800) < 800
