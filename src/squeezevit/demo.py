@@ -37,7 +37,7 @@ METHODS = ("etps", "etps+mass", "evit+norm", "topk", "tome", "random")
 class Settings:
     """What the demo runs; the defaults take some five minutes on two cores, `QUICK` about one."""
 
-    image_size: int = 196  # 14 x 14 patches
+    image_size: int = 168  # 12 x 12 patches
     n_train: int = 800
     n_test: int = 400
     seed: int = 0
