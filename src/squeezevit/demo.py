@@ -31,6 +31,7 @@ from squeezevit.trace import trace
 Progress = Callable[[str, int, int], None]  # what, steps done, steps in all
 # EViT with its extra token normalised: without training the paper's own sum is several points worse (see README)
 METHODS = ("etps", "etps+mass", "evit+norm", "topk", "tome", "random")
+NAMES = dict(zip(METHODS, ("ETPS", "ETPS+mass", "EViT", "TopK", "ToMe", "Random"), strict=True)) | {"identity": "Identity"}
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def _row(method: str, target: float, reducer: Reducer, speed: Speed, probe: Prob
     difference = hits.astype(float) - dense
     cosine = _cosine(features, probe.features)
     return {
-        "method": method,
+        "method": NAMES[method],
         "label": LABELS[method],
         "reducer": _short(reducer),
         "reducer_full": repr(reducer),
