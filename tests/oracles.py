@@ -220,16 +220,17 @@ def classify(model: VisionTransformer, x: Tensor, mass: Tensor) -> Tensor:
 
 
 def head_scores(head: nn.Module, x: Tensor) -> Tensor:
-    """The learned head of dTPS for one image: log-probability of "keep" for each of the tokens present, [N, C] -> [N].
+    """The learned head of dTPS for one image: log-odds of "keep" for each of the tokens present, [N, C] -> [N].
 
     `head.in_conv`, the second half of the channels replaced by their mean over the tokens, `head.out_conv`, LogSoftmax
-    (which changes nothing where `out_conv` ends in one already), class 0.
+    (which changes nothing where `out_conv` ends in one already), class 0 minus class 1.
     """
     y = head.in_conv(x)
     half = y.shape[-1] // 2
     mean = sum(token[half:] for token in y) / len(y)
     y = torch.stack([torch.cat([token[:half], mean]) for token in y])
-    return torch.log(softmax(head.out_conv(y)))[:, 0]
+    probabilities = softmax(head.out_conv(y))
+    return torch.log(probabilities[:, 0]) - torch.log(probabilities[:, 1])
 
 
 def class_scores(matrices: Tensor, prefix: int) -> Tensor:

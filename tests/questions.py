@@ -46,13 +46,16 @@ class Case:
         return zoo.reduce(self.host(seed, **options), self.reducer, seed)
 
     def brief(self) -> VisionTransformer:
-        """Two blocks, for questions that take a second: both with a stage in one kind of model, the first in all others."""
-        reducer = self.reducer
-        if self.model != THOROUGH and isinstance(reducer, Staged):
-            reducer = replace(reducer, at=(0,))
-        elif self.model != THOROUGH and isinstance(reducer, sv.ToMe):
-            reducer = replace(reducer, r=(reducer.r, 0))
-        return zoo.reduce(self.host(depth=2), reducer)
+        """For questions that take a second: two blocks with a stage in each in one kind of model, in the others one stage.
+
+        A second block then follows it only where it is told of the first, by masses.
+        """
+        reducer, depth = self.reducer, 2
+        if self.model != THOROUGH:
+            depth = 2 if reducer.weighs else 1
+            first = {"r": (9, 0)} if isinstance(reducer, sv.ToMe) else {"at": (0,)} if isinstance(reducer, Staged) else {}
+            reducer = replace(reducer, **first)
+        return zoo.reduce(self.host(depth=depth), reducer)
 
 
 CASES = [Case(model, reducer) for model in zoo.MODELS for reducer in zoo.REDUCERS]

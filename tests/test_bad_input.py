@@ -322,6 +322,13 @@ def test_attention_without_known_rows():
         assert zoo.run(zoo.reduce(model, reducer), zoo.images(1)).isfinite().all()
 
 
+def test_attention_without_known_rows_after_the_last_stage():
+    """Nobody asks for its rows."""
+    model = zoo.build("plain")
+    model.blocks[3].attn = zoo.randomize(OwnAttention(zoo.DIM, zoo.HEADS)).eval()
+    assert zoo.run(sv.reduce_(model, sv.ETPS(at=(1, 2))), zoo.images(1)).isfinite().all()
+
+
 @pytest.mark.parametrize("reducer", [sv.ETPS(mass=True), sv.ToMe(r=4)], ids=lambda r: type(r).__name__)
 def test_prr_pooling_cannot_respect_masses(reducer):
     model = zoo.build("plain", global_pool="prr")

@@ -10,7 +10,7 @@ import torch
 import squeezevit as sv
 import zoo
 from oracles import head_macs, stage_counts, tokens_per_block, vit_macs
-from questions import assert_same_snapshot, planned_counts, snapshot
+from questions import assert_same_snapshot, planned_counts, quantise, snapshot
 from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.macs import token_counts
 
@@ -130,6 +130,13 @@ def test_what_is_no_size(size):
     for count in (sv.macs, token_counts):
         with pytest.raises(ConfigError, match=re.escape(f"image_size={size!r} is no size; give pixels a side, as 224")):
             count(sv.reduce_(zoo.build("plain"), sv.ETPS()), size)
+
+
+def test_quantised_leaves_are_not_blamed_on_the_size():
+    model = sv.reduce_(zoo.build("plain"), sv.ETPS())
+    quantise(model)
+    with pytest.raises(ConfigError, match="some of its layers are quantised; count before quantising"):
+        sv.macs(model)
 
 
 def test_unknown_model():

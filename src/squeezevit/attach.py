@@ -32,7 +32,7 @@ class State:
     stages: tuple[int, ...]
     trace: Any = None
     slots: list[Carry | None] = field(default_factory=list)  # one for each stage
-    thread: int = 0  # in which the running forward began
+    thread: int = 0  # in which the running forward began, where known
     recomputed: int = 0  # address of what the last recomputed block put out
     warned: bool = False
 
@@ -45,9 +45,18 @@ class State:
     def final_mass(self, training: bool) -> Tensor | None:
         """Masses of the tokens that left the last block, [B, T]; None where nothing was reduced."""
         mass = None if not self.slots or self.slots[-1] is None else self.slots[-1].mass
+        if mass is not None and not torch.compiler.is_compiling():
+            self.require_own_thread("the model's pooling")
         if _done_with_slots(training):
             self.clear()
         return mass
+
+    def require_own_thread(self, who: str) -> None:
+        if self.thread and self.thread != threading.get_ident():  # 0: the forward began in compiled code, which cannot tell
+            raise UnsupportedError(
+                f"{who}: another thread runs this model at the same time, and {self.reducer} leaves something behind between "
+                "blocks; give each thread a copy (copy.deepcopy), or run one forward at a time"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "slots": [None] * len(self.stages), "trace": None}
@@ -82,11 +91,7 @@ class Site:
         state = self.state
         if not _in_backward():
             self.seen = _address(x)
-            if state.thread != threading.get_ident():
-                raise UnsupportedError(
-                    f"block {self.block}: another thread runs this model at the same time, and {state.reducer} leaves something "
-                    "behind between blocks; give each thread a copy (copy.deepcopy), or run one forward at a time"
-                )
+            state.require_own_thread(f"block {self.block}")
         elif state.reducer.weighs and _address(x) not in (self.seen, state.recomputed):
             raise UnsupportedError(
                 f"block {self.block} is recomputed in backward after another forward of the same model replaced its masses; "
@@ -110,8 +115,8 @@ class Site:
             reduction = _nothing_pruned(tokens, n)
         if state.reducer.carries:
             state.slots[stage] = carry
-            if stage == 0 and not torch.compiler.is_compiling() and not _in_backward():
-                state.thread = threading.get_ident()
+            if stage == 0 and (torch.compiler.is_compiling() or not _in_backward()):
+                state.thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         if state.trace is not None:
             state.trace.record(stage, self.block, n, reduction)
         return reduction.tokens, carry
@@ -249,7 +254,7 @@ def reduce_(model: Model, reducer: Reducer) -> Model:
     _refuse(model, host, reducer)
     touched = _touched(reducer, stages, len(host.blocks))
     for i in range(touched[0] if touched else len(host.blocks), len(host.blocks)):  # later blocks see fewer tokens, too
-        prove(host.blocks[i], i, host.dim, reducer.scored)
+        prove(host.blocks[i], i, host.dim, reducer.scored and i in stages)
     heads = _heads(model, host, reducer, len(stages))
     restore_(model)
     state = State(reducer, host.prefix, host.class_token, heads, stages)

@@ -40,6 +40,7 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
     try:
         entries = families.convert(model, entries)
     except CheckpointError as error:
+        _require_fit(model, entries, name)  # says which keys do not fit, where that is why
         raise CheckpointError(f"{name}: {error}") from error
     _require_fit(model, entries, name)
     model.load_state_dict(entries)

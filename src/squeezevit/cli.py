@@ -18,7 +18,7 @@ try:
 except ImportError as error:  # pragma: no cover
     sys.exit(f'squeezevit: the command line needs {error.name}: run `pip install "squeezevit[cli]"`')
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)  # tables are not squeezed where they go to a file
 errors = Console(stderr=True)
 app = typer.Typer(
     no_args_is_help=True,
@@ -268,12 +268,12 @@ def _reduced_model(
     ratio, weights = _keep(keep), None if checkpoint is None else read_checkpoint(checkpoint)
     net = _create(name, pretrained, num_classes, image_size)
     trained = weights is not None and has_heads(weights)
-    if weights is not None and not trained:
-        load_checkpoint_(net, weights)
+    if checkpoint is not None and not trained:
+        load_checkpoint_(net, checkpoint)
     reducer = _reducer(net, method, ratio, at, image_size)
     reduce_(net, reducer)
-    if weights is not None and trained:
-        load_checkpoint_(net, weights)
+    if checkpoint is not None and trained:
+        load_checkpoint_(net, checkpoint)
     return net.eval(), reducer, trained
 
 

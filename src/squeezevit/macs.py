@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from squeezevit import families
@@ -58,11 +57,15 @@ def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) ->
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     image = torch.empty(1, host.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
-    # the mathematical attention is two matrix products, which can be counted on every device
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model):
         try:
             functional_call(model, shapes, (image,))
         except (AssertionError, RuntimeError) as error:
+            if any("quantized" in type(module).__module__ for module in model.modules()):
+                raise ConfigError(
+                    f"the multiply-adds of this {type(model).__name__} cannot be counted, as some of its layers are quantised; "
+                    "count before quantising: the number is the same"
+                ) from error
             raise ConfigError(
                 f"{type(model).__name__} does not run on images of {height} x {width} pixels ({error}); give the size "
                 f"that it was built for, {host.image_size}, or build it for another that its patches tile"

@@ -66,9 +66,10 @@ class DTPS(Staged):
         return floor_of_first(self, stage, n, n0)
 
     def head_scores(self, s: Stage) -> torch.Tensor:
-        """Log-probability of keeping each patch token: [B, N]."""
+        """Log-odds of keeping each patch token, [B, N]: ordered as the probability, which would round to 1 where heads are sure."""
         assert s.head is not None
-        return s.head(s.tokens[:, s.prefix :])[..., 0].float()
+        keep, drop = s.head(s.tokens[:, s.prefix :]).float().unbind(dim=-1)
+        return keep - drop
 
     def reduce(self, s: Stage) -> Reduction:
         scores = self.head_scores(s)
