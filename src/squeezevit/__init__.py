@@ -1,6 +1,6 @@
 """SqueezeViT: token reduction for vision transformers that somebody else wrote. See `reduce_` and `restore_`."""
 
-from squeezevit import errors, ops
+from squeezevit import errors, losses, ops
 from squeezevit.attach import reduce_, restore_
 from squeezevit.checkpoint import load_checkpoint_
 from squeezevit.macs import macs
@@ -19,6 +19,7 @@ __all__ = [
     "TopK",
     "errors",
     "load_checkpoint_",
+    "losses",
     "macs",
     "ops",
     "reduce_",

@@ -5,7 +5,7 @@ stage between or before them. Nothing is wrapped and nothing is copied, so keys,
 import logging
 import threading
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -34,7 +34,6 @@ class State:
     slots: list[Carry | None] = field(default_factory=list)  # one for each stage
     thread: int = 0  # in which the running forward began, where known
     recomputed: int = 0  # address of what the last recomputed block put out
-    warned: bool = False
 
     def __post_init__(self) -> None:
         self.clear()
@@ -42,14 +41,19 @@ class State:
     def clear(self) -> None:
         self.slots = [None] * len(self.stages)
 
-    def final_mass(self, training: bool) -> Tensor | None:
-        """Masses of the tokens that left the last block, [B, T]; None where nothing was reduced."""
-        mass = None if not self.slots or self.slots[-1] is None else self.slots[-1].mass
-        if mass is not None and not torch.compiler.is_compiling():
+    def final_weights(self, training: bool) -> Tensor | None:
+        """How much each token that left the last block counts in pooling, [B, T]: its mass, or in masked training its policy.
+
+        None where every token counts the same.
+        """
+        if not self.reducer.follows(training):
+            return None
+        carry = self.slots[-1] if self.slots else None
+        if carry is not None and not torch.compiler.is_compiling():
             self.require_own_thread("the model's pooling")
         if _done_with_slots(training):
             self.clear()
-        return mass
+        return None if carry is None else carry.mass if carry.policy is None else carry.policy
 
     def require_own_thread(self, who: str) -> None:
         if self.thread and self.thread != threading.get_ident():  # 0: the forward began in compiled code, which cannot tell
@@ -70,11 +74,14 @@ class Site:
     block: int
     stage: int | None
     before: int
-    last: bool  # no later block reads the slots, nor does pooling
+    last: bool  # no later block reads the slots
+    pooled: bool  # but pooling may
     seen: int = 0  # address of the block's input in the last forward; see `_check_recompute`
 
-    def carry_in(self, x: Tensor) -> Carry:
-        if not self.state.reducer.carries or not self.before:
+    def carry_in(self, x: Tensor, training: bool) -> Carry:
+        reducer = self.state.reducer
+        needed = reducer.follows(training) or (reducer.carries and self.stage is not None)
+        if not needed or not self.before:
             return Carry(n0=_length(x) - self.state.prefix)
         carry = self.state.slots[self.before - 1]
         if carry is None:
@@ -83,19 +90,24 @@ class Site:
                 "the whole model, or sv.restore_ it first"
             )
         if not torch.compiler.is_compiling():
-            self._check_owner(x)
+            self._check_owner(x, carry)
         return carry
 
-    def _check_owner(self, x: Tensor) -> None:
+    def _check_owner(self, x: Tensor, carry: Carry) -> None:
         """The slots must be those of this very forward: not another thread's, nor a later one's where backward recomputes."""
         state = self.state
         if not _in_backward():
             self.seen = _address(x)
             state.require_own_thread(f"block {self.block}")
-        elif state.reducer.weighs and _address(x) not in (self.seen, state.recomputed):
+        elif carry.bias is not None and _address(x) not in (self.seen, state.recomputed):
             raise UnsupportedError(
-                f"block {self.block} is recomputed in backward after another forward of the same model replaced its masses; "
-                f"with {state.reducer} and activation checkpointing call backward after each forward, or switch checkpointing off"
+                f"block {self.block} is recomputed in backward after another forward of the same model replaced what its stages "
+                f"left; with {state.reducer} and activation checkpointing call backward after each forward, or switch it off"
+            )
+        elif carry.policy is not None and x.requires_grad and not carry.policy.requires_grad:
+            raise UnsupportedError(
+                f"block {self.block}: reentrant activation checkpointing loses the gradient of the decisions that {state.reducer} "
+                "learns by; use the other kind (use_reentrant=False; in timm timm.layers.set_reentrant_ckpt(False))"
             )
 
     def reduce(self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
@@ -105,12 +117,11 @@ class Site:
         k = state.reducer.count(stage, n, carry.n0)
         if k < n:
             head = None if state.heads is None else state.heads[stage]
-            if head is not None and block.training:
-                self._warn_untrained()
             cut = type(block).squeezevit_cut  # type: ignore[attr-defined]
-            s = Stage(tokens, state.prefix, k, stage, state.class_token, carry, lambda: cut.attention(block, x), head)
+            attend = partial(cut.attention, block, x)
+            s = Stage(tokens, state.prefix, k, stage, state.class_token, carry, attend, head, block.training)
             reduction = state.reducer.reduce(s)
-            carry = outgoing_carry(state.reducer, carry, reduction.mass)
+            carry = outgoing_carry(state.reducer, carry, reduction)
         else:
             reduction = _nothing_pruned(tokens, n)
         if state.reducer.carries:
@@ -119,19 +130,16 @@ class Site:
                 state.thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         if state.trace is not None:
             state.trace.record(stage, self.block, n, reduction)
+        if reduction.gate is not None:
+            carry = carry._replace(bias=reduction.gate.log()[:, None, None])
         return reduction.tokens, carry
-
-    def _warn_untrained(self) -> None:
-        if torch.compiler.is_compiling() or self.state.warned or not torch.is_grad_enabled():
-            return
-        self.state.warned = True
-        logger.warning("%s in training drops tokens as in evaluation: its heads get no gradient yet", self.state.reducer)
 
     def leave(self, y: Tensor, training: bool) -> None:
         """Note what a recompute put out; drop the slots after the last block where no backward can ask for them again."""
         if not torch.compiler.is_compiling() and _in_backward():
             self.state.recomputed = _address(y)
-        if self.last and _done_with_slots(training):
+        pooling_reads = self.pooled and self.state.reducer.follows(training)
+        if self.last and not pooling_reads and _done_with_slots(training):
             self.state.clear()
 
 
@@ -182,7 +190,7 @@ class ReducedBlock(_Subclass):
         site, cut = self.squeezevit_site, self.squeezevit_cut
         _refuse_masks(self, args, kwargs)
         place = None if site.stage is None else site.state.reducer.place
-        carry = site.carry_in(x)
+        carry = site.carry_in(x, self.training)
         if place == "before":
             x, carry = site.reduce(self, x, x, carry)
         y = cut.attn_half(self, x, _as_bias(carry, x))
@@ -259,19 +267,31 @@ def reduce_(model: Model, reducer: Reducer) -> Model:
     restore_(model)
     state = State(reducer, host.prefix, host.class_token, heads, stages)
     mixin = host.mixin if touched else None
-    pooled = reducer.weighs and mixin is not None
     for i in touched:
         block = host.blocks[i]
         stage = stages.index(i) if i in stages else None
         block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
         before = sum(s < i for s in stages)
-        block.squeezevit_site = Site(state, i, stage, before, last=i == touched[-1] and not pooled)  # type: ignore[assignment]
+        block.squeezevit_site = Site(state, i, stage, before, last=i == touched[-1], pooled=mixin is not None)  # type: ignore[assignment]
     if mixin is not None:
         model.__class__ = _subclass(cast(Any, type(model)), mixin)
     model.squeezevit_state = state  # type: ignore[assignment]
     if heads is not None:
         model.token_reducer = heads
     return model
+
+
+def retune_(model: nn.Module, reducer: Reducer) -> None:
+    """Give a reduced model another reducer of the same class and stages (other ratios), without proving the blocks again.
+
+    For schedules that change the ratio at every step. Raises ConfigError where class, stages or options differ.
+    """
+    state = state_of(model)
+    old = state.reducer
+    stages = reducer.stages(len(families.host(model).blocks))
+    if type(reducer) is not type(old) or stages != state.stages or (reducer.weighs, reducer.masks) != (old.weighs, old.masks):
+        raise ConfigError(f"a model reduced by {old} cannot be retuned to {reducer}, whose stages differ; call sv.reduce_ instead")
+    state.reducer = reducer
 
 
 def restore_(model: Model) -> Model:
@@ -305,10 +325,10 @@ def _refuse(model: nn.Module, host: families.Host, reducer: Reducer) -> None:
 
 
 def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int) -> list[int]:
-    """Blocks whose class changes: the stages, and those after the first one if their attention gets a bias."""
+    """Blocks whose class changes: the stages, and those after the first one if their attention ever gets a bias."""
     if not stages:
         return []
-    return list(range(stages[0], depth)) if reducer.weighs else list(stages)
+    return list(range(stages[0], depth)) if reducer.weighs or reducer.masks else list(stages)
 
 
 def _heads(model: nn.Module, host: families.Host, reducer: Reducer, stages: int) -> ScoreHeads | None:

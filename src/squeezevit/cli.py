@@ -3,10 +3,11 @@
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from squeezevit.errors import ConfigError, MissingExtraError, SqueezeViTError
 
@@ -17,6 +18,9 @@ try:
     from rich.table import Table
 except ImportError as error:  # pragma: no cover
     sys.exit(f'squeezevit: the command line needs {error.name}: run `pip install "squeezevit[cli]"`')
+
+if TYPE_CHECKING:
+    from squeezevit.train.loop import Progress as TrainingProgress
 
 console = Console(width=None if sys.stdout.isatty() else 160)  # tables are not squeezed where they go to a file
 errors = Console(stderr=True)
@@ -179,6 +183,64 @@ def bench(
     setting = {**_setting(device), "model": model, "batch_size": batch_size, "rounds": rounds, "precision": precision}
     _print_bench(rows, setting)
     _write_json(json_file, {**setting, "image_size": image_size, "rows": rows})
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe, such as finetune-small or dtps-deit-small, or a YAML file.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="FOLDER with train/<class>/* and val/<class>/*, or train.csv and val.csv (path,label).")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A timm model name.")] = None,
+    pretrained: Annotated[bool | None, typer.Option(help="Start from timm's pretrained weights, fetched from the hub.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Or from this file; see also --set model.new_head=true.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"How tokens are reduced: {METHOD_HELP}")] = None,
+    keep: Annotated[str | None, typer.Option(help="Ratio of tokens kept at each stage, or one per stage.")] = None,
+    at: Annotated[str | None, typer.Option(help="Stages: 0-based block indices, as 3,6,9.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images an update, over all processes.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for checkpoints and logs.", show_default="train-out")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from --out, where there is a checkpoint.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field, as optimizer.lr=1e-4; may be repeated.")
+    ] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole configuration as YAML and exit.")] = False,
+) -> None:
+    """Fine-tune a model with reduced tokens on a folder of images, on one process or under torchrun or accelerate launch.
+
+    Ctrl-C or SIGTERM writes a checkpoint and exits with 130 or 143; the same command with --resume goes on from there.
+    """
+    from squeezevit.train.config import load_config, to_yaml
+
+    values = {
+        "data.folder": data, "model.name": model, "model.pretrained": pretrained, "model.checkpoint": checkpoint,
+        "model.image_size": image_size, "reducer.method": method, "reducer.keep": keep, "reducer.at": at, "epochs": epochs,
+        "batch_size": batch_size, "device": device, "precision": precision, "out": None if out is None else str(out),
+    }  # fmt: skip
+    source: str | Path | None = recipe
+    if resume and recipe is None and out is not None and (out / "config.yaml").is_file():
+        source = out / "config.yaml"
+    config = load_config(source, values, settings or ())
+    if print_config:
+        console.print(to_yaml(config), end="", markup=False, highlight=False)
+        return
+    from squeezevit.train.loop import train as job
+
+    with _progress() as bar:
+        result = job(config, resume, _training_progress(bar))
+    if result.signal is not None:
+        if result.main:
+            _warn(f"interrupted; {config.out}/last holds the run so far: the same command with --resume goes on")
+        raise typer.Exit(128 + result.signal)
+    if result.main:
+        console.print(
+            f"\nBest top-1 {100 * result.best:.2f} %: [bold]{config.out}/best/model.safetensors[/]   log: {config.out}/log.csv"
+        )
 
 
 @app.command()
@@ -435,6 +497,22 @@ def _print_demo(results: dict[str, Any]) -> None:
             f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}", against, f"{row['cosine']:.3f}",
         )  # fmt: skip
     console.print(table)
+
+
+def _training_progress(bar: Progress) -> Callable[["TrainingProgress"], None]:
+    """A bar over the whole run with the epoch's means so far, and one line after each epoch."""
+    task = bar.add_task("starting", total=None)
+
+    def report(p: "TrainingProgress") -> None:
+        parts = " ".join(f"{name} {value:.3g}" for name, value in p.losses.items())
+        kept = f"  kept {' '.join(f'{share:.3f}' for share in p.kept)}" if p.kept else ""
+        text = f"epoch {p.epoch + 1}/{p.epochs}  {parts}{kept}  {p.images_per_second:.1f} images/s"
+        bar.update(task, description=text, total=p.epochs * p.updates, completed=p.epoch * p.updates + p.update)
+        if p.row is not None:
+            top1, dense = p.row["top1"], p.row["dense_top1"]
+            bar.console.print(f"{text}  top-1 {100 * top1:.2f} %, dense {100 * dense:.2f} %", highlight=False)
+
+    return report
 
 
 def _print_eval(rows: list[dict[str, Any]], reducer: Any) -> None:

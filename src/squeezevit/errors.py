@@ -21,5 +21,9 @@ class DataError(SqueezeViTError, ValueError):
     """Images, folders or labels that cannot be used."""
 
 
+class TrainingError(SqueezeViTError, RuntimeError):
+    """A training run that cannot go on: a loss that is not finite, a checkpoint that cannot be written."""
+
+
 class MissingExtraError(SqueezeViTError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""

@@ -101,9 +101,16 @@ def match(reserved: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
     clustered tokens tie.
     """
     with no_autocast(reserved):
-        a, b = F.normalize(_wide(pruned), dim=-1), F.normalize(_wide(reserved), dim=-1)
-        cosine, hosts = (a @ b.transpose(1, 2)).max(dim=-1)
-    return hosts, cosine
+        a, b = wide(pruned), wide(reserved)
+        # a pruned token's own length does not change which product is the largest, and products are fewer than channels
+        products = (a @ b.transpose(1, 2)) / _length(b)[:, None]
+        along, hosts = products.max(dim=-1)
+        return hosts, along / _length(a)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Euclidean norm of tokens, never 0: [B, N, C] -> [B, N]."""
+    return torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-12)
 
 
 def fuse(reserved: Tensor, pruned: Tensor, hosts: Tensor, own: Tensor, weights: Tensor) -> Tensor:
@@ -115,28 +122,69 @@ def fuse(reserved: Tensor, pruned: Tensor, hosts: Tensor, own: Tensor, weights: 
     """
     B, K, C = reserved.shape
     flat = _flat(hosts, K)
-    own, weights = _wide(own).reshape(-1), _wide(weights).reshape(-1)
-    total = _add_rows(own, flat, weights)  # (B*K)
+    own, weights = wide(own).reshape(-1), wide(weights).reshape(-1)
+    total = _add_rows(own.clone(), flat, weights)  # (B*K)
     share = weights / total.index_select(0, flat)  # (B*R)
-    y = _wide(reserved).reshape(B * K, C) * (own / total)[:, None]
-    y = _add_rows(y, flat, _wide(pruned).reshape(-1, C) * share[:, None])
+    y = wide(reserved).reshape(B * K, C) * (own / total)[:, None]
+    y = _add_rows(y, flat, wide(pruned).reshape(-1, C) * share[:, None])
     return y.view(B, K, C).to(reserved.dtype)
 
 
 def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Add each row to the row of x that `index` names; several may name the same one.
+    """Add each row to the row of x, a fresh tensor, that `index` names; several may name the same one.
 
     `index_add` is 4 x faster on CPU, but ONNX has no counterpart that adds duplicates: what is compiled or exported gets
     `scatter_add`, which has.
     """
     if not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()):
-        return x.index_add(0, index, rows)
+        return x.index_add_(0, index, rows)
     return x.scatter_add(0, index if rows.dim() == 1 else index[:, None].expand_as(rows), rows)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """At least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def decide(logits: Tensor, before: Tensor | None = None) -> Tensor:
+    """Sample which tokens to keep: 1 or 0, with the gradient of the relaxed sample (straight-through Gumbel-softmax).
+
+    Shapes: log-probabilities [B, N, 2] (0 = keep), decisions of the stage before [B, N] or None -> [B, N]. What was dropped
+    before stays dropped; where all would be, the token most worth keeping is kept. One call of `F.gumbel_softmax` and nothing
+    else random (eq. 5 of Rao et al. 2021; section 3.3 of Wei et al. 2023).
+    """
+    decision = F.gumbel_softmax(logits, hard=True)[..., 0]
+    decision = decision if before is None else decision * before
+    worth = (logits[..., 0] - logits[..., 1]).detach()
+    worth = worth if before is None else worth.masked_fill(before.detach() < 0.5, -math.inf)
+    best = F.one_hot(worth.argmax(dim=1), worth.shape[1])
+    none_left = decision.detach().sum(dim=1, keepdim=True) < 0.5
+    return decision + best * none_left
+
+
+def squeeze_masked(x: Tensor, kept: Tensor, pruned: Tensor) -> Tensor:
+    """`squeeze` at full length, for training: tokens with pruned = 1 are squeezed into those with kept = 1.
+
+    Shapes: [B, N, C], [B, N], [B, N] -> [B, N, C]. kept and pruned are 0 or 1; the gradient of `pruned` is that of a factor of
+    the token's fuse weight, so tokens that were kept learn what squeezing them would have done.
+    """
+    with no_autocast(x):
+        a = F.normalize(wide(x), dim=-1)
+        hidden = (kept.detach() < 0.5)[:, None] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        cosine, hosts = (a @ a.transpose(1, 2)).masked_fill(hidden, -100.0).max(dim=-1)
+    own, weights = squeeze_weights(x, cosine)
+    return fuse(x, x, hosts, own, weights * pruned)
+
+
+def policy_bias(policy: Tensor) -> Tensor:
+    """The bias of attention logits that hides tokens with policy 0 from all but themselves: [B, T] -> [B, 1, T, T].
+
+    log(policy_j + (1 - policy_j) [i = j] + 1e-6): a softmax with it is the one Rao et al. 2021 train with (eq. 10), to 1e-6, and
+    fused attention takes it.
+    """
+    hidden = 1 - policy[:, None, None]
+    alone = torch.eye(policy.shape[1], dtype=policy.dtype, device=policy.device)
+    return (policy[:, None, None] + alone * hidden + 1e-6).log()
 
 
 def squeeze_weights(reserved: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,11 @@ class ScoreHead(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """kept [B, N]: 1 for tokens that count in the mean, 0 for those dropped at an earlier stage; None = all count."""
         local, shared = self.in_conv(x).split(x.shape[-1] // 2, dim=-1)
+        if kept is not None:
+            shared = shared * (kept * (x.shape[1] / kept.sum(dim=1, keepdim=True)))[..., None].to(shared.dtype)
         shared = shared.mean(dim=1, keepdim=True).expand_as(local)
         return self.out_conv(torch.cat([local, shared], dim=-1))
 

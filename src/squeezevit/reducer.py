@@ -37,7 +37,8 @@ class Carry(NamedTuple):
 
     n0: int  # patch tokens before the first stage
     mass: Tensor | None = None  # [B, T] float32, patches each token stands for; prefix tokens have 1
-    bias: Tensor | None = None  # [B, 1, 1, T] float32, added to attention logits
+    bias: Tensor | None = None  # [B, 1, 1, T] or [B, 1, T, T] float32, added to attention logits
+    policy: Tensor | None = None  # [B, T], 1 for tokens kept so far, 0 for those masked out; with gradient (masked training)
 
 
 class Reduction(NamedTuple):
@@ -49,6 +50,10 @@ class Reduction(NamedTuple):
     hosts: Tensor | None = None  # [B, R], None where pruned tokens are discarded
     scores: Tensor | None = None  # [B, N]
     mass: Tensor | None = None  # [B, P + outgoing patches]
+    logits: Tensor | None = None  # [B, N, 2], of a learned head in training
+    decision: Tensor | None = None  # [B, N], 1 = keep, with gradient, in training
+    policy: Tensor | None = None  # [B, P + N], where all tokens go out and later attention must not see those with 0
+    gate: Tensor | None = None  # [B, P + outgoing patches], ones that carry a gradient through this block's attention
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Stage:
     carry: Carry
     attend: Callable[[], Attention]  # of the block this stage is in
     head: nn.Module | None = None  # the stage's learned head
+    training: bool = False
 
     @property
     def n(self) -> int:
@@ -94,6 +100,15 @@ class Stage:
         bias = None if a.key_bias is None else a.key_bias.unflatten(0, (a.heads, -1)).mean(dim=0)
         return F.linear(a.x[:, self.prefix :], weight, bias)
 
+    def head_logits(self) -> Tensor:
+        """The learned head's log-probabilities of keeping and of dropping each patch token: [B, N, 2], float32 or wider."""
+        assert self.head is not None
+        return ops.wide(self.head(self.tokens[:, self.prefix :], self.kept_so_far()))
+
+    def kept_so_far(self) -> Tensor | None:
+        """In masked training, which patch tokens earlier stages kept, [B, N] with gradient; None before the first."""
+        return None if self.carry.policy is None else self.carry.policy[:, self.prefix :]
+
     def rows(self, kept: Tensor) -> Tensor:
         """Row numbers of the prefix and the kept patch tokens: [B, K] -> [B, P + K]."""
         prefix = torch.arange(self.prefix, device=kept.device).expand(kept.shape[0], -1)
@@ -107,9 +122,12 @@ class Stage:
         """Patch tokens by index: [B, R] -> [B, R, C]."""
         return ops.take(self.tokens, index + self.prefix)
 
-    def squeeze(self, kept: Tensor, pruned: Tensor, by_mass: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    def squeeze(
+        self, kept: Tensor, pruned: Tensor, by_mass: bool = False, share: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Squeeze the pruned into the kept: tokens [B, P + K, C], hosts [B, R], and the masses [B, P + K] if by mass.
 
+        share [B, R]: factors of the fuse weights of the pruned tokens (ones that carry a gradient).
         Prefix tokens ride along as reserved tokens that host nobody, which `ops.fuse` returns bit for bit: no second copy.
         """
         tokens, gone = self.keep(kept), self.take(pruned)
@@ -117,7 +135,9 @@ class Stage:
         if by_mass:
             merged, mass = self.merge_by_mass(tokens, gone, kept, pruned, hosts)
             return merged, hosts, mass
-        return ops.fuse(tokens, gone, hosts + self.prefix, *ops.squeeze_weights(tokens, cosine)), hosts, None
+        own, weights = ops.squeeze_weights(tokens, cosine)
+        weights = weights if share is None else weights * share
+        return ops.fuse(tokens, gone, hosts + self.prefix, own, weights), hosts, None
 
     def merge_by_mass(self, tokens: Tensor, gone: Tensor, kept: Tensor, pruned: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each kept token with those it hosts, weighted by mass, and the masses [B, P + K] going out."""
@@ -146,6 +166,15 @@ class Reducer:
     def weighs(self) -> bool:
         """Whether tokens have masses, so that later attention and average pooling must respect them."""
         return False
+
+    @property
+    def masks(self) -> bool:
+        """Whether training keeps all tokens and hides the pruned ones, so that later attention and pooling must not see them."""
+        return False
+
+    def follows(self, training: bool) -> bool:
+        """Whether blocks behind a stage, and pooling, must know what the stage did."""
+        return self.weighs or (training and self.masks)
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """Block indices of the stages in a model of `depth` blocks; raises ConfigError where they do not fit."""
@@ -198,6 +227,10 @@ class Staged(Reducer):
     def ratio(self, stage: int) -> float:
         return self.keep[stage] if isinstance(self.keep, tuple) else self.keep
 
+    def targets(self, stages: int) -> list[float]:
+        """The share of the original patch tokens that each of `stages` stages is to leave."""
+        return [math.prod(self.ratio(i) for i in range(j + 1)) for j in range(stages)]
+
     def count(self, stage: int, n: int, n0: int) -> int:
         """K_j = ceil(keep_j * K_{j-1}), as EViT and eTPS; never 0."""
         return max(math.ceil(n * self.ratio(stage) - EPS), 1)
@@ -205,15 +238,18 @@ class Staged(Reducer):
 
 def floor_of_first(reducer: Staged, stage: int, n: int, n0: int) -> int:
     """K_j = floor(N * keep_1 * ... * keep_j), as DynamicViT and dTPS, but at least 1 (theirs may reach 0) and at most n."""
-    share = math.prod([reducer.ratio(j) for j in range(stage + 1)])
-    return min(max(math.floor(n0 * share + EPS), 1), n)
+    return min(max(math.floor(n0 * reducer.targets(stage + 1)[-1] + EPS), 1), n)
 
 
-def outgoing_carry(reducer: Reducer, carry: Carry, mass: Tensor | None) -> Carry:
-    """What a stage leaves behind: masses as they are, their logarithm as the bias of later attention (Bolya et al. 2023)."""
-    if mass is None or not reducer.weighs:
+def outgoing_carry(reducer: Reducer, carry: Carry, reduction: Reduction) -> Carry:
+    """What a stage leaves behind: masses as they are, their logarithm as the bias of later attention (Bolya et al. 2023), or
+    the policy and its bias (Rao et al. 2021)."""
+    if reduction.policy is not None:
+        return Carry(carry.n0, bias=ops.policy_bias(reduction.policy), policy=reduction.policy)
+    if reduction.mass is None or not reducer.weighs:
         return carry
-    return Carry(carry.n0, mass.detach(), mass.detach().log()[:, None, None])
+    mass = reduction.mass.detach()
+    return Carry(carry.n0, mass, mass.log()[:, None, None])
 
 
 def check_flag(reducer: Reducer, name: str) -> None:

@@ -22,22 +22,28 @@ class StageTrace:
     kept: Tensor  # [B, K]
     pruned: Tensor  # [B, R]
     hosts: Tensor | None  # [B, R], outgoing positions; None where pruned tokens are discarded
+    logits: Tensor | None = None  # [B, N, 2], of a learned head in training
+    decision: Tensor | None = None  # [B, N], 1 = keep, with gradient, of a learned head in training
 
-    def destinations(self) -> Tensor:
-        """For each incoming patch token the outgoing one it ended in, -1 if discarded: [B, N]."""
+    def destinations(self, squeezed: bool = True) -> Tensor:
+        """For each incoming patch token the outgoing one it ended in, -1 if discarded (or squeezed, if not asked for): [B, N]."""
         out = self.kept.new_full((self.kept.shape[0], self.n), -1)
         out = out.scatter(1, self.kept, torch.arange(self.kept.shape[1], device=out.device).expand_as(self.kept))
-        return out if self.hosts is None else out.scatter(1, self.pruned, self.hosts)
+        return out.scatter(1, self.pruned, self.hosts) if squeezed and self.hosts is not None else out
 
 
 class Trace:
-    """Records the last forward of a reduced model while its `with` block is open; readable afterwards."""
+    """Records the last forward of a reduced model while its `with` block is open; readable afterwards.
+
+    In masked training no token leaves: every stage has all tokens in `kept`, and what it decided is in `decisions`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._state: State = state_of(model)
         self._records: dict[int, StageTrace] = {}
         self._outer: Trace | None = None
         self.prefix = self._state.prefix
+        self.tokens: Tensor | None = None  # [B, N_last, C], patch tokens after the final norm
 
     def __enter__(self) -> "Trace":
         self._outer, self._state.trace = self._state.trace, self
@@ -49,7 +55,7 @@ class Trace:
     def record(self, stage: int, block: int, n: int, r: Reduction) -> None:
         scores = None if r.scores is None else r.scores.detach()
         n_out = r.tokens.shape[1] - self.prefix
-        self._records[stage] = StageTrace(block, n, n_out, scores, r.kept, r.pruned, r.hosts)
+        self._records[stage] = StageTrace(block, n, n_out, scores, r.kept, r.pruned, r.hosts, r.logits, r.decision)
 
     @property
     def stages(self) -> list[StageTrace]:
@@ -62,16 +68,43 @@ class Trace:
 
     def groups_after(self, stage: int) -> Tensor:
         """The same after stage number `stage` (0-based). Raises ConfigError where no such stage ran."""
+        return self._places(stage, squeezed=True)
+
+    @property
+    def survivors(self) -> Tensor:
+        """Which original patches were themselves kept at every stage: [B, N0] bool."""
+        return self._places(len(self._records) - 1, squeezed=False) >= 0
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """Log-probabilities of keep and drop by the learned heads, in training: per stage [B, N, 2], with gradient."""
+        return [s.logits for s in self.stages if s.logits is not None]
+
+    @property
+    def decisions(self) -> list[Tensor]:
+        """What learned heads decided in training: per stage [B, N0], 1 for the original patches kept so far, with gradient."""
+        out: list[Tensor] = []
+        for j, s in enumerate(self.stages):
+            if s.decision is None:  # a keep ratio of 1
+                out.extend(out[-1:])
+            elif s.n == self.stages[0].n:
+                out.append(s.decision)
+            else:  # of the tokens that are left, back at the places of their patches
+                places = self._places(j - 1, squeezed=False)
+                out.append(s.decision.gather(1, places.clamp(min=0)).masked_fill(places < 0, 0))
+        return out
+
+    def _places(self, stage: int, squeezed: bool) -> Tensor:
         stages = self.stages
         if not 0 <= stage < len(stages):
             raise ConfigError(
                 f"there is no stage {stage} in this trace ({len(stages)} were traced, of {self._state.reducer}); run the "
                 "model inside `with sv.trace(model) as t:`, with a reducer that has stages"
             )
-        groups = stages[0].destinations()
+        places = stages[0].destinations(squeezed)
         for s in stages[1 : stage + 1]:
-            groups = torch.where(groups < 0, groups, s.destinations().gather(1, groups.clamp(min=0)))
-        return groups
+            places = torch.where(places < 0, places, s.destinations(squeezed).gather(1, places.clamp(min=0)))
+        return places
 
     def scatter_back(self, tokens: Tensor, fill: float = 0.0) -> Tensor:
         """The full grid again, for dense tasks: every patch holds its group's token, a dropped one holds `fill`.

@@ -80,11 +80,12 @@ class ReducedVisionTransformer:
     """What a reduced model does with its tokens after the blocks."""
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The host's own; masses go with the features they belong to, for whoever pools them and when."""
+        """The host's own; tokens' weights go with the features they belong to, for whoever pools them and when."""
         x = super().forward_features(*args, **kwargs)  # type: ignore[misc]
         state = self.squeezevit_state  # type: ignore[attr-defined]
-        mass = state.final_mass(self.training) if state.reducer.weighs else None  # type: ignore[attr-defined]
-        x.squeezevit_mass = mass
+        if state.trace is not None:
+            state.trace.tokens = x[:, state.prefix :]
+        x.squeezevit_weights = state.final_weights(self.training)  # type: ignore[attr-defined]
         return x
 
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
@@ -98,33 +99,38 @@ class ReducedVisionTransformer:
         return super().forward_intermediates(x, *args, output_fmt=output_fmt, **kwargs)  # type: ignore[misc]
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Pooling in which a token counts as many times as it has patches; without masses, the host's own."""
+        """Pooling in which a token counts as many times as it has patches; where all count the same, the host's own."""
         state = self.squeezevit_state  # type: ignore[attr-defined]
-        if state.reducer.weighs and not hasattr(x, "squeezevit_mass") and self._pools_patches(pool_type):
+        follows = state.reducer.follows(self.training)  # type: ignore[attr-defined]
+        if follows and not hasattr(x, "squeezevit_weights") and self._pools_patches(pool_type):
             raise UnsupportedError(
-                f"these features have lost the masses that {state.reducer} gave their tokens, which pooling needs; pool the very "
+                f"these features have lost the weights that {state.reducer} gave their tokens, which pooling needs; pool the very "
                 "tensor that forward_features returned"
             )
-        return self._pool(x, pool_type, getattr(x, "squeezevit_mass", None))
+        return self._pool(x, pool_type, getattr(x, "squeezevit_weights", None))
 
     def _pools_patches(self, pool_type: str | None) -> bool:
         pool_type = self.global_pool if pool_type is None else pool_type  # type: ignore[attr-defined]
         return self.attn_pool is not None or pool_type in ("avg", "avgmax")  # type: ignore[attr-defined]
 
-    def _pool(self, x: Tensor, pool_type: str | None, mass: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, pool_type: str | None, weights: Tensor | None) -> Tensor:
         pool = super().pool  # type: ignore[misc]
         pool_type = self.global_pool if pool_type is None else pool_type  # type: ignore[attr-defined]
-        if mass is None:
+        if weights is None:
             return pool(x, pool_type)
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens  # type: ignore[attr-defined]
         if self.attn_pool is not None:  # type: ignore[attr-defined]
-            bias = mass[:, None, None, first:].log().to(x.dtype)
+            bias = (weights[:, None, None, first:] + 1e-6).log().to(x.dtype)  # masked tokens weigh 0
             return self.attn_pool(x[:, first:], attn_mask=bias)  # type: ignore[attr-defined]
         if pool_type == "avgmax":
-            return 0.5 * (pool(x, "max") + self._pool(x, "avg", mass))
+            return 0.5 * (self._pool(x, "max", weights) + self._pool(x, "avg", weights))
+        if pool_type == "max":
+            return pool(x.masked_fill((weights < 0.5)[..., None], float("-inf")), "max")
+        if pool_type == "prr":
+            raise UnsupportedError(f"'prr' pooling attends without a mask, which {type(self).__name__} needs in masked training")
         if pool_type != "avg":
             return pool(x, pool_type)
-        share = mass / mass[:, first:].mean(dim=1, keepdim=True)
+        share = weights / weights[:, first:].mean(dim=1, keepdim=True)
         return pool((x * share[..., None]).to(x.dtype), pool_type)
 
 

@@ -1,0 +1,103 @@
+"""What one training step minimises: the task, the keep ratio of learned heads, and distillation from the unreduced model."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from squeezevit import families, losses
+from squeezevit.attach import state_of
+from squeezevit.errors import ConfigError
+from squeezevit.modes import evaluation_mode
+from squeezevit.reducer import Staged
+from squeezevit.trace import Trace
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Beside the task's 1. The authors of DynamicViT and TPS use 2, 0.5 and 0.5."""
+
+    keep_ratio: float = 2.0
+    logits: float = 0.5
+    tokens: float = 0.5
+
+
+class Losses(NamedTuple):
+    total: Tensor  # to call backward on
+    parts: dict[str, Tensor]  # unweighted, without gradient: "task", "keep_ratio", "logits", "tokens"
+    logits: Tensor  # [B, classes]
+    kept: list[Tensor]  # for each stage the mean share of the original patches kept, without gradient
+
+
+class Objective:
+    """Weighted sum of the losses of one forward; the same for every reducer, so that a comparison is fair.
+
+    criterion: of logits and targets. teacher: an unreduced model of timm's kind, or None for no distillation. Tokens are compared
+    where the reduced model still has a token of that very patch. Raises ConfigError where student and teacher do not fit.
+    """
+
+    def __init__(
+        self, criterion: Callable[[Tensor, Tensor], Tensor], weights: LossWeights | None = None, teacher: nn.Module | None = None
+    ) -> None:
+        self.criterion, self.weights = criterion, weights or LossWeights()
+        self.teacher: Any = teacher  # with timm's forward_features and forward_head
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> Losses:
+        state = state_of(unwrapped(model))
+        with Trace(unwrapped(model)) as t:
+            logits = model(images)
+        task = self.criterion(logits, targets)
+        total, parts = task, {"task": task.detach()}
+
+        def add(name: str, loss: Tensor, weight: float) -> None:
+            nonlocal total
+            total, parts[name] = total + weight * loss, loss.detach()
+
+        decisions = t.decisions
+        if decisions and isinstance(state.reducer, Staged) and state.reducer.masks:
+            add("keep_ratio", losses.keep_ratio_loss(decisions, state.reducer.targets(len(decisions))), self.weights.keep_ratio)
+        if self.teacher is not None:
+            teacher_logits, teacher_tokens = self._teach(images, logits, t)
+            add("logits", losses.logit_distillation_loss(logits, teacher_logits), self.weights.logits)
+            if self.weights.tokens:
+                tokens, kept = self._tokens(t, decisions)
+                add("tokens", losses.token_distillation_loss(tokens, teacher_tokens, kept), self.weights.tokens)
+        return Losses(total, parts, logits, [d.detach().mean() for d in decisions])
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor, logits: Tensor, t: Trace) -> tuple[Tensor, Tensor]:
+        assert t.tokens is not None
+        already = not any(m.training for m in self.teacher.modules())
+        with nullcontext() if already else evaluation_mode(self.teacher):
+            features = self.teacher.forward_features(images)
+            teacher_logits = self.teacher.forward_head(features)
+        teacher_tokens = features[:, families.host(self.teacher).prefix :]
+        if teacher_logits.shape != logits.shape:
+            raise ConfigError(
+                f"the teacher has {teacher_logits.shape[-1]} classes, the model {logits.shape[-1]}; give both the same"
+            )
+        if self.weights.tokens and teacher_tokens.shape[-1] != t.tokens.shape[-1]:
+            raise ConfigError(
+                f"the teacher's tokens have {teacher_tokens.shape[-1]} channels, the model's {t.tokens.shape[-1]}; choose a "
+                "teacher of the same width, or a token weight of 0"
+            )
+        return teacher_logits, teacher_tokens
+
+    @staticmethod
+    def _tokens(t: Trace, decisions: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Patch tokens on the full grid [B, N0, C], and where they are the patch's own [B, N0]."""
+        assert t.tokens is not None
+        if not t.stages:
+            return t.tokens, t.tokens.new_ones(t.tokens.shape[:2])
+        if t.stages[-1].n_out == t.stages[0].n and decisions:  # masked: all are there
+            return t.tokens, decisions[-1]
+        return t.scatter_back(t.tokens), t.survivors
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile."""
+    inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+    return model if inner is None or "squeezevit_state" in vars(model) else unwrapped(inner)
