@@ -218,11 +218,12 @@ def train(
         optimizer.step()
         schedule.step()
         sums.update({name: value / per_epoch for name, value in losses.parts.items()})
-        kept.append(torch.stack(losses.kept) if losses.kept else torch.zeros(0))
+        if losses.kept:
+            kept.append(torch.stack(losses.kept))
     retune_(model, reducer)
     return {
         "losses": {name: float(value) for name, value in sums.items()},
-        "kept": torch.stack(kept).mean(dim=0).tolist(),
+        "kept": torch.stack(kept).mean(dim=0).tolist() if kept else [],
         "seconds_per_step": (time.perf_counter() - began) / total,
     }
 
@@ -243,13 +244,13 @@ def make(method: str, share: float, task: Task, weights: Path | None) -> Reducer
 
 
 def run(args: argparse.Namespace) -> None:
-    task, recipe = TASKS[args.task], Recipe()
+    task, recipe = TASKS[args.task], Recipe(head_lr=args.head_lr)
     if args.epochs:
         recipe = replace(recipe, epochs=args.epochs, dense_epochs=args.epochs, anneal_epochs=args.epochs / 3)
     pictures = Pictures(task, args.data, args.device)
     test, rest = np.flatnonzero(pictures.fold == args.fold), np.flatnonzero(pictures.fold != args.fold)
     reducers = {"dense again": (1.0, sv.Identity())} | {
-        f"{m} {s}": (s, make(m, s, task, args.weights)) for s in SHARES for m in args.methods or METHODS
+        f"{m} {s}": (s, make(m, s, task, args.weights)) for s in args.shares for m in args.methods or METHODS
     }
     torch.manual_seed(args.seed)
     dense = sv.reduce_(backbone(task, args.weights), sv.Identity()).to(args.device)
@@ -288,7 +289,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _write(args: argparse.Namespace, task: Task, recipe: Recipe, rows: list[dict], outputs: dict[str, np.ndarray]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"finetune_{task.name}_{args.fold}_{args.seed}"
+    stem = args.out / f"finetune_{task.name}_{args.fold}_{args.seed}{args.tag}"
     setting = {"created": now(), "command": command(), "machine": machine(args.device), "versions": versions()}
     setting |= {"task": asdict(task), "recipe": asdict(recipe), "at": AT, "fold": args.fold, "seed": args.seed, "rows": rows}
     stem.with_suffix(".json").write_text(json.dumps(setting, indent=1) + "\n")
@@ -364,6 +365,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="for a first look: fewer, of both trainings")
     parser.add_argument("--methods", nargs="*", choices=METHODS)
+    parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the unreduced model's MACs")
+    parser.add_argument("--head-lr", type=float, default=Recipe.head_lr)
+    parser.add_argument("--tag", default="", help="added to the names of the files; `table` joins files of one fold and seed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -608,4 +608,4 @@ def test_split_refuses(n_train, n_test, words):
 
 
 def test_half_the_cores():
-    assert 0 <= folder._half_the_cores() <= 8
+    assert 0 <= folder.half_the_cores() <= 8

@@ -121,7 +121,7 @@ def assert_equals_oracle(
     expected = objectives(wanted, oracles_training.keep_ratio_loss, oracles_training.distillation_loss)
     for name, objective in objectives(found, losses.keep_ratio_loss, losses.distillation_loss).items():
         if name == "distillation":
-            tolerance = max(tolerance, 1e-6)  # taken in float32 whatever comes in
+            tolerance = max(tolerance, 1e-5)  # taken in float32 whatever comes in
         assert_near(objective, expected[name], tolerance, name)
         gradient, gradient_wanted = gradients(objective, found, x), gradients(expected[name], wanted, x)
         largest = max(g.abs().max().item() for g in gradient_wanted.values())

@@ -130,8 +130,6 @@ class Site:
                 state.thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         if state.trace is not None:
             state.trace.record(stage, self.block, n, reduction)
-        if reduction.gate is not None:
-            carry = carry._replace(bias=reduction.gate.log()[:, None, None])
         return reduction.tokens, carry
 
     def leave(self, y: Tensor, training: bool) -> None:
@@ -266,15 +264,14 @@ def reduce_(model: Model, reducer: Reducer) -> Model:
     heads = _heads(model, host, reducer, len(stages))
     restore_(model)
     state = State(reducer, host.prefix, host.class_token, heads, stages)
-    mixin = host.mixin if touched else None
     for i in touched:
         block = host.blocks[i]
         stage = stages.index(i) if i in stages else None
         block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
         before = sum(s < i for s in stages)
-        block.squeezevit_site = Site(state, i, stage, before, last=i == touched[-1], pooled=mixin is not None)  # type: ignore[assignment]
-    if mixin is not None:
-        model.__class__ = _subclass(cast(Any, type(model)), mixin)
+        block.squeezevit_site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.mixin is not None)  # type: ignore[assignment]
+    if host.mixin is not None:
+        model.__class__ = _subclass(cast(Any, type(model)), host.mixin)
     model.squeezevit_state = state  # type: ignore[assignment]
     if heads is not None:
         model.token_reducer = heads
@@ -328,7 +325,7 @@ def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int) -> list[int]
     """Blocks whose class changes: the stages, and those after the first one if their attention ever gets a bias."""
     if not stages:
         return []
-    return list(range(stages[0], depth)) if reducer.weighs or reducer.masks else list(stages)
+    return list(range(stages[0], depth)) if reducer.weighs or reducer.learned else list(stages)
 
 
 def _heads(model: nn.Module, host: families.Host, reducer: Reducer, stages: int) -> ScoreHeads | None:

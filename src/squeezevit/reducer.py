@@ -38,7 +38,7 @@ class Carry(NamedTuple):
     n0: int  # patch tokens before the first stage
     mass: Tensor | None = None  # [B, T] float32, patches each token stands for; prefix tokens have 1
     bias: Tensor | None = None  # [B, 1, 1, T] or [B, 1, T, T] float32, added to attention logits
-    policy: Tensor | None = None  # [B, T], 1 for tokens kept so far, 0 for those masked out; with gradient (masked training)
+    policy: Tensor | None = None  # [B, T], 1 for tokens kept so far, 0 for those masked out; with gradient (learned heads)
 
 
 class Reduction(NamedTuple):
@@ -52,8 +52,7 @@ class Reduction(NamedTuple):
     mass: Tensor | None = None  # [B, P + outgoing patches]
     logits: Tensor | None = None  # [B, N, 2], of a learned head in training
     decision: Tensor | None = None  # [B, N], 1 = keep, with gradient, in training
-    policy: Tensor | None = None  # [B, P + N], where all tokens go out and later attention must not see those with 0
-    gate: Tensor | None = None  # [B, P + outgoing patches], ones that carry a gradient through this block's attention
+    policy: Tensor | None = None  # [B, P + outgoing patches], of a learned head in training: later attention sees those with 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Stage:
         return ops.wide(self.head(self.tokens[:, self.prefix :], self.kept_so_far()))
 
     def kept_so_far(self) -> Tensor | None:
-        """In masked training, which patch tokens earlier stages kept, [B, N] with gradient; None before the first."""
+        """In training of learned heads, which patch tokens earlier stages kept, [B, N] with gradient; None before the first."""
         return None if self.carry.policy is None else self.carry.policy[:, self.prefix :]
 
     def rows(self, kept: Tensor) -> Tensor:
@@ -174,7 +173,7 @@ class Reducer:
 
     def follows(self, training: bool) -> bool:
         """Whether blocks behind a stage, and pooling, must know what the stage did."""
-        return self.weighs or (training and self.masks)
+        return self.weighs or (training and self.learned)
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """Block indices of the stages in a model of `depth` blocks; raises ConfigError where they do not fit."""
@@ -243,9 +242,10 @@ def floor_of_first(reducer: Staged, stage: int, n: int, n0: int) -> int:
 
 def outgoing_carry(reducer: Reducer, carry: Carry, reduction: Reduction) -> Carry:
     """What a stage leaves behind: masses as they are, their logarithm as the bias of later attention (Bolya et al. 2023), or
-    the policy and its bias (Rao et al. 2021)."""
-    if reduction.policy is not None:
-        return Carry(carry.n0, bias=ops.policy_bias(reduction.policy), policy=reduction.policy)
+    the policy and its bias (Rao et al. 2021; where tokens really leave, only ones are left, and only their gradient matters)."""
+    if (policy := reduction.policy) is not None:
+        bias = ops.policy_bias(policy) if reducer.masks else policy.log()[:, None, None]
+        return Carry(carry.n0, bias=bias, policy=policy)
     if reduction.mass is None or not reducer.weighs:
         return carry
     mass = reduction.mass.detach()

@@ -150,7 +150,7 @@ class Batches:
         self._loader = DataLoader(
             dataset,
             batch_size=batch_size,
-            num_workers=_half_the_cores() if num_workers is None else num_workers,
+            num_workers=half_the_cores() if num_workers is None else num_workers,
             collate_fn=_collate,
             generator=torch.Generator(),  # without it each pass would draw from the global random stream
         )
@@ -204,14 +204,21 @@ def eval_transform(model: nn.Module, image_size: int | tuple[int, int] | None = 
 
     Raises ConfigError for a size that the model cannot take, MissingExtraError without timm.
     """
+    config = data_config(model, image_size)
+    from timm.data.transforms_factory import create_transform
+
+    return cast(Callable[[Any], Tensor], create_transform(**config, is_training=False))
+
+
+def data_config(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
+    """timm's data configuration for `model` (input_size [3, H, W], mean, std, interpolation, crop); raises as `eval_transform`."""
     try:
         from timm.data.config import resolve_model_data_config
-        from timm.data.transforms_factory import create_transform
     except ImportError as error:
-        raise MissingExtraError(f"the evaluation transform needs timm ({error}): {_EXTRA}") from error
+        raise MissingExtraError(f"image transforms need timm ({error}): {_EXTRA}") from error
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *(_checked_size(model, image_size) or config["input_size"][-2:]))
-    return cast(Callable[[Any], Tensor], create_transform(**config, is_training=False))
+    return cast(dict[str, Any], config)
 
 
 def read_image(path: str | Path) -> Any:
@@ -327,9 +334,10 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _half_the_cores() -> int:
+def half_the_cores(sharing: int = 1) -> int:
+    """Reading processes where nothing else is said: half of the usable cores, split over those who share them, at most 8."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, usable // 2)
+    return min(8, usable // 2 // sharing)
 
 
 def _checked_size(model: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -90,11 +90,11 @@ class ReducedVisionTransformer:
 
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
         """The host's own as tokens; refused as grids, which reduced tokens do not fill."""
-        reducer = self.squeezevit_state.reducer  # type: ignore[attr-defined]
-        if output_fmt != "NLC":
+        state = self.squeezevit_state  # type: ignore[attr-defined]
+        if output_fmt != "NLC" and state.stages:
             raise UnsupportedError(
-                f"forward_intermediates(output_fmt={output_fmt!r}) lays tokens out as a grid, which those left by {reducer} do not "
-                "fill; give output_fmt='NLC', and sv.trace with its scatter_back where a grid is needed"
+                f"forward_intermediates(output_fmt={output_fmt!r}) lays tokens out as a grid, which those left by {state.reducer} "
+                "do not fill; give output_fmt='NLC', and sv.trace with its scatter_back where a grid is needed"
             )
         return super().forward_intermediates(x, *args, output_fmt=output_fmt, **kwargs)  # type: ignore[misc]
 

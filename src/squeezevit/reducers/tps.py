@@ -58,7 +58,7 @@ class DTPS(Staged):
 
     train: what `model.train()` does. "masked", the paper's: all tokens stay, Gumbel-softmax samples which are kept, the others
     are squeezed and hidden from later attention; counts follow a loss (`losses.keep_ratio_loss`). "topk", faster: tokens really
-    leave, as many as in evaluation, chosen by the same noisy scores; the heads learn by a straight-through gradient of the kept
+    leave, as many as in evaluation, chosen by the same noisy scores; the heads learn by a straight-through gradient, of the kept
     tokens' attention and of the pruned tokens' fuse weights.
     """
 
@@ -117,8 +117,10 @@ class DTPS(Staged):
         hard = torch.zeros_like(soft).scatter(1, kept, 1.0)
         decision = hard - soft.detach() + soft
         tokens, hosts = self.remove(s, kept, pruned, share=1 - decision.gather(1, pruned))
-        gate = F.pad(decision.gather(1, kept), (s.prefix, 0), value=1.0)
-        return Reduction(tokens, kept, pruned, hosts, log_odds(logits), logits=logits, decision=decision, gate=gate)
+        before = s.kept_so_far()
+        decision = decision if before is None else decision * before
+        policy = F.pad(decision.gather(1, kept), (s.prefix, 0), value=1.0)
+        return Reduction(tokens, kept, pruned, hosts, log_odds(logits), logits=logits, decision=decision, policy=policy)
 
     def remove(self, s: Stage, kept: Tensor, pruned: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, P + K, C] without the pruned ones, and the hosts [B, R] of these, None where they are discarded."""

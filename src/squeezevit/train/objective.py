@@ -65,7 +65,8 @@ class Objective:
             if self.weights.tokens:
                 tokens, kept = self._tokens(t, decisions)
                 add("tokens", losses.token_distillation_loss(tokens, teacher_tokens, kept), self.weights.tokens)
-        return Losses(total, parts, logits, [d.detach().mean() for d in decisions])
+        shares = [d.detach().mean() for d in decisions] or [logits.new_tensor(s.n_out / t.stages[0].n) for s in t.stages]
+        return Losses(total, parts, logits, shares)
 
     @torch.no_grad()
     def _teach(self, images: Tensor, logits: Tensor, t: Trace) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,183 @@
+"""What a configuration means: model, reducer, teacher, optimiser and schedule."""
+
+import copy
+import dataclasses
+import difflib
+from typing import Any, cast
+
+import timm
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from squeezevit import families
+from squeezevit.attach import reduce_, restore_
+from squeezevit.checkpoint import has_heads, load_checkpoint_, read_checkpoint
+from squeezevit.errors import ConfigError
+from squeezevit.macs import macs
+from squeezevit.plan import plan_macs
+from squeezevit.reducer import Reducer
+from squeezevit.reducers import ToMe
+from squeezevit.reducers.names import check_method, staged
+from squeezevit.train.config import Config, ModelConfig, OptimizerConfig, ReducerConfig
+
+_HEADS = "token_reducer."
+
+
+def build_model(config: Config, classes: int) -> tuple[nn.Module, Reducer]:
+    """The reduced model with its starting weights, and the reducer. Raises ConfigError or CheckpointError where they do not fit."""
+    net = create_model(config.model, classes)
+    reducer = make_reducer(config.reducer, net)
+    weights = _weights(config.model, net)
+    trained = weights is not None and has_heads(weights)
+    if weights is not None and not trained:
+        load_checkpoint_(net, weights)
+    reduce_(net, reducer)
+    if weights is not None and trained:
+        load_checkpoint_(net, weights)
+    return net, reducer
+
+
+def build_teacher(config: Config, student: nn.Module, classes: int) -> nn.Module | None:
+    """The model to distil from, in evaluation mode: the configured one, or the student's starting weights unreduced."""
+    if not config.distills:
+        return None
+    if config.teacher is None:
+        _require_trained_head(config.model, student, classes)
+        teacher = restore_(copy.deepcopy(student))
+    else:
+        teacher = create_model(config.teacher, classes)
+        weights = _weights(config.teacher, teacher)
+        if weights is not None:
+            load_checkpoint_(teacher, {k: v for k, v in weights.items() if not k.startswith(_HEADS)})
+    return teacher.eval().requires_grad_(False)
+
+
+def create_model(config: ModelConfig, classes: int) -> nn.Module:
+    """A timm model with `classes` outputs, without the checkpoint's weights. Raises ConfigError where timm cannot build it."""
+    if config.pretrained and config.checkpoint is not None:
+        raise ConfigError(f"model.pretrained and model.checkpoint={config.checkpoint} both bring weights; give one of them")
+    if config.num_classes not in (None, classes):
+        raise ConfigError(
+            f"model.num_classes={config.num_classes}, but the data have {classes} classes; leave it out, or mend the class folders"
+        )
+    if not timm.is_model(config.name.split(".")[0]):
+        family = f"{config.name.split('_')[0]}_*"
+        near = difflib.get_close_matches(config.name, timm.list_models(family) or timm.list_models(), 4, 0.3)
+        raise ConfigError(
+            f"model.name={config.name!r} is no model of timm {timm.__version__}; near it: {', '.join(near) or 'none'}"
+        )
+    options: dict[str, Any] = {"num_classes": classes, **config.options}
+    if config.image_size is not None:
+        options["img_size"] = config.image_size
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    try:
+        return timm.create_model(config.name, pretrained=config.pretrained, **options)
+    except Exception as error:  # whatever a constructor or the model hub stumbles over
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "; or give a file as model.checkpoint" if config.pretrained else ""
+        raise ConfigError(f"timm cannot build {config.name} with {options} ({first}); choose other values{remedy}") from error
+
+
+def make_reducer(config: ReducerConfig, model: nn.Module) -> Reducer:
+    """The configured reducer. Raises ConfigError for an unknown method, keep ratio or option."""
+    name = check_method(config.method)
+    if name == "tome":
+        reducer = ToMe() if "r" in config.options else _tome_like_etps(config, model)
+    else:
+        reducer = staged(name, config.keep, config.at)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
+    try:
+        return dataclasses.replace(reducer, **values)
+    except TypeError as error:
+        known = ", ".join(vars(reducer)) or "none"
+        raise ConfigError(f"reducer.options={config.options} do not fit {name} ({error}); its fields are {known}") from error
+
+
+def freeze_(model: nn.Module, blocks: int) -> None:
+    """Fix the embeddings and the first blocks. Raises ConfigError where the model has no more blocks than that."""
+    if not blocks:
+        return
+    depth = len(families.host(model).blocks)
+    if blocks >= depth:
+        raise ConfigError(f"freeze={blocks} leaves nothing to train of {depth} blocks; give at most {depth - 1}")
+    timm_model: Any = model
+    layers = group_parameters(model, timm_model.group_matcher(), reverse=True)  # 0 the embeddings, 1 the first block
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(layers[name] > blocks)
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """A timm optimiser whose groups carry `lr_scale`, which timm's schedules multiply by. Raises ConfigError on unknown names."""
+    try:
+        return create_optimizer_v2(param_groups(model, config), opt=config.name, lr=config.lr, **config.options)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(
+            f"optimizer.name={config.name!r} with {config.options} cannot be built ({error}); see timm.optim"
+        ) from error
+
+
+def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """timm's groups by weight decay and layer, each split into the score heads and the rest, with their scales of lr."""
+    model_: Any = model
+    names = model_.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    groups = (
+        param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
+        if config.layer_decay is None
+        else param_groups_layer_decay(model, config.weight_decay, names, layer_decay=config.layer_decay)
+    )
+    heads = {id(p) for name, p in model.named_parameters() if name.startswith(_HEADS)}
+    out = []
+    for group in groups:
+        for of_heads, scale in ((True, config.heads_lr_scale), (False, config.backbone_lr_scale)):
+            params: list[Tensor] = [p for p in group["params"] if (id(p) in heads) == of_heads]
+            if params:
+                own = 1.0 if of_heads else group.get("lr_scale", 1.0)  # score heads are no layer of the depth
+                out.append({**group, "params": params, "lr_scale": own * scale, "score_heads": of_heads})
+    return out
+
+
+def make_schedule(optimizer: Optimizer, config: Config, updates: int) -> Scheduler:
+    """timm's schedule, to be stepped with the number of updates done, `updates` in an epoch."""
+    schedule = config.schedule
+    warmup: Any = schedule.warmup_epochs  # timm says int, but part of an epoch is as good
+    return create_scheduler_v2(
+        optimizer, schedule.name, config.epochs, min_lr=schedule.min_lr, warmup_lr=schedule.warmup_lr,
+        warmup_epochs=warmup, step_on_epochs=False, updates_per_epoch=updates,
+    )[0]  # fmt: skip
+
+
+def _weights(config: ModelConfig, model: nn.Module) -> dict[str, Tensor] | None:
+    """The checkpoint's weights, with the model's own classifier where a new one is asked for."""
+    if config.checkpoint is None:
+        return None
+    weights = read_checkpoint(config.checkpoint)
+    if config.new_head:
+        own, timm_model = model.state_dict(), cast(Any, model)
+        classifiers = timm_model.pretrained_cfg.get("classifier") or "head"
+        prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+        weights = {k: v for k, v in weights.items() if not k.startswith(prefixes)}
+        weights.update({k: v for k, v in own.items() if k.startswith(prefixes)})
+    return weights
+
+
+def _require_trained_head(config: ModelConfig, model: nn.Module, classes: int) -> None:
+    pretrained_classes = cast(Any, model).pretrained_cfg.get("num_classes")
+    if config.checkpoint is not None and not config.new_head:
+        return
+    if config.pretrained and pretrained_classes == classes:
+        return
+    raise ConfigError(
+        f"loss.logits and loss.tokens distil from the starting weights of {config.name}, but their classifier for {classes} "
+        "classes is untrained; train it first (reducer.method=identity) and give that as model.checkpoint, or give a teacher, or "
+        "set both weights to 0"
+    )
+
+
+def _tome_like_etps(config: ReducerConfig, model: nn.Module) -> Reducer:
+    share = macs(reduce_(model, staged("etps", config.keep, config.at))) / macs(restore_(model))
+    return plan_macs(model, "tome", share)

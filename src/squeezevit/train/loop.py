@@ -1,0 +1,470 @@
+"""The training run: updates, validation of the reduced and the dense model after each epoch, checkpoints, interruption.
+
+All randomness of an update follows from (seed, number of the update, process), so that a resumed run is the same run; no
+generator's state is saved. Everything is reduced over the processes of `accelerate launch` or `torchrun`.
+"""
+
+import copy
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from squeezevit.errors import ConfigError, DataError, MissingExtraError, TrainingError
+
+try:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, gather_object
+    from timm.data import Mixup
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.utils import ModelEmaV3
+    from torchmetrics.classification import MulticlassAccuracy
+except ImportError as missing:
+    raise MissingExtraError(f'training needs {missing.name}: run `pip install "squeezevit[train]"`') from missing
+
+from squeezevit.attach import restore_, retune_
+from squeezevit.checkpoint import load_checkpoint_, save_checkpoint
+from squeezevit.data.folder import data_config, eval_transform, half_the_cores
+from squeezevit.modes import evaluation_mode
+from squeezevit.train import build, checkpoints, data, log
+from squeezevit.train.anneal import annealed
+from squeezevit.train.config import AugmentConfig, Config, differences, to_dict, to_yaml
+from squeezevit.train.objective import Objective, unwrapped
+
+FREE = ("out", "device", "data.workers", "save_every", "tensorboard")  # what a resumed run may change
+_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run reports after each update; `row` after each epoch, with the columns of log.csv."""
+
+    epoch: int  # 0-based
+    epochs: int
+    update: int  # done in this epoch
+    updates: int  # of an epoch
+    losses: dict[str, float]  # means of this epoch: "loss", and its unweighted parts
+    kept: list[float]  # mean share of the patches left by each stage
+    images_per_second: float
+    seconds_left: float
+    row: dict[str, Any] | None = None
+
+
+class Result(NamedTuple):
+    """`rows`: those of log.csv. `signal`: the number of the one that interrupted the run, None where it is complete."""
+
+    rows: list[dict[str, Any]]
+    best: float  # top-1 of the reduced model
+    signal: int | None
+    main: bool  # whether this is the first of several processes
+
+
+def train(config: Config, resume: bool = False, progress: Callable[[Progress], None] | None = None) -> Result:
+    """Fine-tune as configured, into the folder `config.out`; see docs/training.md for what lies there.
+
+    SIGTERM and SIGINT write a checkpoint after the current update and end the run. With `resume` it goes on from there, on a CPU
+    to the same bits as without the interruption; where `out` is still empty it begins. Seeds the global random generators.
+    Raises ConfigError, DataError and CheckpointError before the first update where configuration, data and checkpoint do not fit,
+    TrainingError where the loss is not finite or a checkpoint cannot be written; the last good checkpoint then stays.
+
+    >>> train(load_config("finetune-small", {"data.folder": "photos"}))  # doctest: +SKIP
+    """
+    with _accelerator(config) as accelerator, _Signals() as signals:
+        run = _Run(config, accelerator, signals, progress if accelerator.is_main_process else None)
+        try:
+            run.start(resume)
+            run.run()
+        finally:
+            run.board.close()
+        return Result(run.rows, run.best, run.stopped, accelerator.is_main_process)
+
+
+class _Stop(Exception):
+    """A signal reached one of the processes."""
+
+
+class _Signals:
+    """Notes the first SIGINT or SIGTERM; a second one does what it always did."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+
+
+class _Run:
+    """One run's model, optimiser and place in the schedule."""
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, signals: _Signals, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.config, self.accelerator, self.signals, self.progress = config, accelerator, signals, progress
+        self.out = Path(config.out)
+        self.epoch = self.update = 0  # the next one; update counts within the epoch
+        self.rows: list[dict[str, Any]] = []
+        self.best = -1.0
+        self.sums: dict[str, float] = {}  # over the updates of this epoch, by column of log.csv
+        self.seconds = 0.0
+        self.unreadable: dict[str, str] = {}
+        self.stopped: int | None = None
+        self.board = log.Board(None, 0)
+
+    def start(self, resume: bool) -> None:
+        config, accelerator = self.config, self.accelerator
+        last = self._previous(resume)
+        data.seed_everything(config.seed)
+        self._open_data()
+        net, self.reducer = build.build_model(config, self.classes)
+        self._set_transforms(net)
+        self.teacher = build.build_teacher(config, net, self.classes)
+        self.objective = Objective(self._criterion(), config.loss, self.teacher)
+        net.to(accelerator.device).train()
+        if self.teacher is not None:
+            self.teacher.to(accelerator.device)
+        self._rehearse(net)
+        self.dense = restore_(copy.deepcopy(net))
+        self.ema = None if config.ema.decay is None else ModelEmaV3(net, config.ema.decay, use_warmup=config.ema.warmup)
+        build.freeze_(net, config.freeze)
+        if config.checkpoint_activations:
+            cast(Any, net).set_grad_checkpointing(True)
+        optimizer = build.make_optimizer(net, config.optimizer)
+        state = None if last is None else self._load(last, net, optimizer)
+        self.schedule = build.make_schedule(optimizer, config, self.updates)
+        self.schedule.step_update(self.done)
+        self.model, self.optimizer = accelerator.prepare(net, optimizer)
+        if state is not None and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self._begin_folder()
+
+    def run(self) -> None:
+        try:
+            while self.epoch < self.config.epochs:
+                self._train_epoch()
+                self._finish_epoch(self._validate())
+        except _Stop:
+            self._save("last")
+            self.stopped = self.signals.received or signal.SIGTERM  # another process may have got it
+
+    @property
+    def done(self) -> int:
+        return self.epoch * self.updates + self.update
+
+    @property
+    def net(self) -> nn.Module:
+        return unwrapped(self.model)
+
+    def _previous(self, resume: bool) -> Path | None:
+        """The checkpoint to go on from. Raises ConfigError where there is one that nobody asked for."""
+        last = checkpoints.find_folder(self.out / "last")
+        if last is not None and not resume:
+            raise ConfigError(f"out={self.config.out} holds a run already; continue it with --resume, or choose another folder")
+        return last
+
+    def _open_data(self) -> None:
+        config, processes = self.config, self.accelerator.num_processes
+        if config.data.folder is None:
+            raise ConfigError("data.folder is not given; point to a folder of images with --data")
+        train, val = data.open_folder(config.data.folder)
+        self.classes = len(train.classes)
+        parts = processes * config.accumulate
+        if config.batch_size % parts:
+            raise ConfigError(
+                f"batch_size={config.batch_size} does not divide into {processes} processes x accumulate={config.accumulate}; "
+                f"give a multiple of {parts}"
+            )
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # of the processes, those on this machine
+        workers = half_the_cores(here) if config.data.workers is None else config.data.workers
+        self.split = data.Split(config.batch_size // parts, config.accumulate, processes, self.accelerator.process_index, workers)
+        if _mixes(config.augment) and self.split.batch % 2:
+            raise ConfigError(f"mixup and cutmix need pairs, but a process computes {self.split.batch} images; make that even")
+        self.updates = data.epoch_length(len(train), config.augment.repeats) // self.split.whole
+        if not self.updates:
+            raise ConfigError(f"batch_size={config.batch_size} is more than the {len(train)} training images; give a smaller one")
+        self.train_images, self.val_images = data.TrainImages(train, config.seed), data.ValImages(val)
+        self.names = train.classes
+
+    def _set_transforms(self, net: nn.Module) -> None:
+        size = self.config.model.image_size
+        self.size: tuple[int, int] = data_config(net, size)["input_size"][-2:]
+        self.train_images.source.transform = data.train_transform(net, self.config.augment, size)
+        self.val_images.source.transform = eval_transform(net, size)
+
+    def _criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        augment = self.config.augment
+        self.mixup = None
+        if _mixes(augment):
+            self.mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=self.classes)
+            return cast(Callable[[Tensor, Tensor], Tensor], SoftTargetCrossEntropy())
+        return nn.CrossEntropyLoss(label_smoothing=augment.smoothing)
+
+    @torch.no_grad()
+    def _rehearse(self, net: nn.Module) -> None:
+        """One step on empty images, so that what does not fit is known before any work is done."""
+        images = torch.zeros(2, 3, *self.size, device=self.accelerator.device)
+        with self.accelerator.autocast():
+            self.objective(net, *self._targets(images, torch.tensor([0, 1], device=images.device)))
+
+    def _load(self, last: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        state = checkpoints.load_state(last / "state.pt")
+        changed = [d for d in differences(state["config"], to_dict(self.config)) if d.split(" ")[0] not in FREE]
+        if changed:
+            raise ConfigError(
+                f"{last} was trained with another configuration: {', '.join(changed)}; resume with the old values, or begin a new "
+                f"run in another folder from model.checkpoint={last / 'model.safetensors'}"
+            )
+        if state["data"] != self._data_facts():
+            raise DataError(
+                f"{self.config.data.folder} is not what {last} was trained on: {state['data']}, now {self._data_facts()}"
+            )
+        load_checkpoint_(net, last / "model.safetensors")
+        if self.ema is not None:
+            load_checkpoint_(self.ema.module, last / "ema.safetensors")
+        optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.update, self.best, self.rows = state["epoch"], state["update"], state["best"], state["rows"]
+        self.sums, self.seconds, self.unreadable = state["sums"], state["seconds"], state["unreadable"]
+        return state
+
+    def _data_facts(self) -> dict[str, Any]:
+        return {"train": len(self.train_images.source), "val": len(self.val_images.source), "classes": len(self.names)}
+
+    def _begin_folder(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_file(self.out / "config.yaml", to_yaml(self.config))
+            checkpoints.write_file(self.out / "classes.txt", "".join(f"{name}\n" for name in self.names))
+            log.write_log(self.out, self.rows)
+            self.board = log.Board(self.out / "tensorboard" if self.config.tensorboard else None, self.done)
+        except OSError as error:
+            raise ConfigError(f"out={self.out} cannot be written ({error.strerror}); choose a folder of your own") from error
+
+    def _train_epoch(self) -> None:
+        images, repeats = self.train_images, self.config.augment.repeats
+        batches = data.train_batches(images, self.size, self.split, self.epoch, repeats, self.update)
+        self.model.train()
+        start = time.perf_counter()
+        while self.update < self.updates:
+            values, failures, stop = self._step(list(islice(batches, self.split.accumulate)))
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.update += 1
+            now = time.perf_counter()
+            self.seconds, start = self.seconds + now - start, now
+            self.board.add("update", values, self.done)
+            self._report()
+            if stop:
+                raise _Stop
+            self._check_unreadable(failures)
+            if self.config.save_every and self.update % self.config.save_every == 0 and self.update < self.updates:
+                self._save("last")
+
+    def _step(self, parts: list[data.Batch]) -> tuple[dict[str, float], float, bool]:
+        """One update: means over all processes, unreadable images of a process so far, whether a signal came."""
+        accelerator, config = self.accelerator, self.config
+        self._retune()
+        data.seed_everything(config.seed, self.done, self.split.rank)
+        sums: dict[str, Tensor] = {}
+        for i, part in enumerate(parts):
+            self.unreadable.update(part.failed)
+            images, targets = part.images.to(accelerator.device), part.labels.to(accelerator.device)
+            with nullcontext() if i + 1 == len(parts) else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    losses = self.objective(self.model, *self._targets(images, targets))
+                accelerator.backward(losses.total / len(parts))
+            kept = {f"kept_{j + 1}": share for j, share in enumerate(losses.kept)}
+            for name, value in {"loss": losses.total.detach(), **losses.parts, **kept}.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(parts)
+        own = [torch.tensor(float(v), device=accelerator.device) for v in (len(self.unreadable), self.signals.received is not None)]
+        means = accelerator.reduce(torch.stack([*(v.float() for v in sums.values()), *own]), "mean").tolist()
+        values = dict(zip(sums, means, strict=False))
+        self._require_finite(values)
+        if config.optimizer.clip is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step_update(self.done + 1)
+        if self.ema is not None:
+            self.ema.update(self.net, self.done + 1)
+        return values, means[-2], means[-1] > 0
+
+    def _targets(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (images, labels) if self.mixup is None else self.mixup(images, labels)
+
+    def _retune(self, final: bool = False) -> None:
+        """Give the model the keep ratios of now, or the final ones."""
+        updates = self.config.anneal_epochs * self.updates
+        if updates:
+            retune_(self.net, self.reducer if final else annealed(self.reducer, min(self.done / updates, 1.0)))
+
+    def _require_finite(self, values: dict[str, float]) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            last = checkpoints.find_folder(self.out / "last")
+            raise TrainingError(
+                f"{', '.join(bad)} became {values[bad[0]]} at update {self.update + 1} of epoch {self.epoch + 1}; "
+                f"{f'the checkpoint before, {last}, is good' if last else 'there is no checkpoint yet'}. Try a smaller "
+                f"optimizer.lr (now {self.config.optimizer.lr:g}), optimizer.clip=1, a longer schedule.warmup_epochs, or "
+                "precision=bf16 or fp32 instead of fp16"
+            )
+
+    def _validate(self) -> dict[str, float]:
+        """Accuracies of the reduced model, of the same weights unreduced, and of their moving average, reduced."""
+        self._retune(final=True)
+        scores = self._score(self.net)
+        if self.config.reducer.method == "identity":
+            dense = scores
+        else:
+            weights = self.net.state_dict()
+            self.dense.load_state_dict({name: weights[name] for name in self.dense.state_dict()})
+            dense = self._score(self.dense)
+        scores.update({f"dense_{name}": dense[name] for name in ("top1", "top5")})
+        if self.ema is not None:
+            ema = self._score(self.ema.module)
+            scores.update({f"ema_{name}": ema[name] for name in ("top1", "top5")})
+        return scores
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module) -> dict[str, float]:
+        """Top-1 and top-5 of all readable images, each counted once, and their number."""
+        device = self.accelerator.device
+        top = {k: MulticlassAccuracy(self.classes, top_k=min(k, self.classes), average="micro").to(device) for k in (1, 5)}
+        images = 0
+        with evaluation_mode(model), self.accelerator.autocast():
+            for batch in data.val_batches(self.val_images, self.size, self.split):
+                self.unreadable.update(batch.failed)
+                logits, there = model(batch.images.to(device)).float(), (batch.labels >= 0).to(device)
+                if there.any():
+                    for accuracy in top.values():
+                        accuracy.update(logits[there], batch.labels.to(device)[there])
+                images += int(there.sum())
+                self._stop_if_signalled()
+        total = int(self.accelerator.reduce(torch.tensor(images, device=device), "sum"))
+        if not total:
+            raise DataError(f"none of the {len(self.val_images.source)} validation images is readable: replace them")
+        return {"top1": float(top[1].compute()), "top5": float(top[5].compute()), "val_images": total}
+
+    def _stop_if_signalled(self) -> None:
+        flag = torch.tensor(float(self.signals.received is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(flag, "sum") > 0:
+            raise _Stop
+
+    def _finish_epoch(self, scores: dict[str, float]) -> None:
+        self.unreadable = dict(gather_object(list(self.unreadable.items())))
+        means = {name: total / self.updates for name, total in self.sums.items()}
+        speed = self.updates * self.config.batch_size / self.seconds
+        row = {
+            "epoch": self.epoch + 1, "update": self.done, **self._rates(), **means, **scores,
+            "images_per_second": speed, "seconds": self.seconds, "unreadable": len(self.unreadable),
+        }  # fmt: skip
+        self.rows.append(row)
+        self._report(row)
+        self.board.add("epoch", row, self.done)
+        self.epoch, self.update, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
+        if scores["top1"] > self.best:
+            self.best = scores["top1"]
+            self._save("best")
+        self._save("last")
+        if self.accelerator.is_main_process:
+            log.write_log(self.out, self.rows)
+            log.write_unreadable(self.out, self.unreadable)
+        self._check_unreadable(len(self.unreadable))
+
+    def _rates(self) -> dict[str, float]:
+        """Learning rates of the backbone and, where there are any, of the score heads."""
+        rates = {"lr_heads" if g["score_heads"] else "lr": g["lr"] for g in self.optimizer.param_groups}  # the last layer's
+        return dict(sorted(rates.items()))
+
+    def _check_unreadable(self, failures: float) -> None:
+        total = len(self.train_images.source) + len(self.val_images.source)
+        if failures > self.config.data.max_unreadable * total:
+            path, reason = next(iter(self.unreadable.items()), ("in another process", "see there"))
+            self._save("last")
+            raise DataError(
+                f"{failures:g} of {total} images cannot be read so far, more than data.max_unreadable="
+                f"{self.config.data.max_unreadable:g}; the first: {path} ({reason}). Replace or remove them, or allow more"
+            )
+
+    def _save(self, name: str) -> None:
+        """Write model, average, and, for "last", all that a resumed run needs."""
+        self._retune(final=True)
+        if self.accelerator.is_main_process:
+            checkpoints.write_folder(self.out / name, lambda folder: self._fill(folder, with_state=name == "last"))
+
+    def _fill(self, folder: Path, with_state: bool) -> None:
+        save_checkpoint(self.net, folder / "model.safetensors")
+        if self.ema is not None:
+            save_checkpoint(self.ema.module, folder / "ema.safetensors")
+        if with_state:
+            scaler = self.accelerator.scaler
+            state = {
+                "config": to_dict(self.config), "data": self._data_facts(), "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(), "epoch": self.epoch, "update": self.update,
+                "best": self.best, "rows": self.rows, "sums": self.sums, "seconds": self.seconds, "unreadable": self.unreadable,
+            }  # fmt: skip
+            checkpoints.save_state(state, folder / "state.pt")
+
+    def _report(self, row: dict[str, Any] | None = None) -> None:
+        if self.progress is None:
+            return
+        means = {name: total / self.update for name, total in self.sums.items()}
+        per_update = self.seconds / self.update
+        self.progress(
+            Progress(
+                self.epoch, self.config.epochs, self.update, self.updates,
+                {k: v for k, v in means.items() if not k.startswith("kept_")},
+                [v for k, v in means.items() if k.startswith("kept_")],
+                self.config.batch_size / per_update, (self.config.epochs * self.updates - self.done) * per_update, row,
+            )
+        )  # fmt: skip
+
+
+def _mixes(config: AugmentConfig) -> bool:
+    return config.mixup > 0 or config.cutmix > 0
+
+
+@contextmanager
+def _accelerator(config: Config) -> Iterator[Accelerator]:
+    """Accelerate's view of the processes, left behind so that the next run in this process may have another."""
+    unused = config.anneal_epochs > 0  # heads get no gradient while nothing is removed
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision=_MIXED[config.precision],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+    accelerator.gradient_accumulation_steps = 1  # whatever the launcher was told: `_step` does it
+    try:
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise ConfigError(f"launched with {accelerator.distributed_type.value}, which is not supported; launch plain processes")
+        if config.device not in ("auto", accelerator.device.type):
+            raise ConfigError(f"device={config.device!r} is not there (found {accelerator.device.type}); choose auto or cpu")
+        if config.precision == "fp16" and accelerator.device.type != "cuda":
+            raise ConfigError(f"precision='fp16' does not train on {accelerator.device.type}; choose bf16 or fp32")
+        yield accelerator
+    finally:
+        accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,440 @@
+"""`squeezevit train`: short real runs, and everything that can interrupt or spoil one."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from squeezevit.attach import state_of
+from squeezevit.checkpoint import save_checkpoint
+from squeezevit.cli import main
+from squeezevit.errors import CheckpointError, ConfigError, DataError, SqueezeViTError, TrainingError
+from squeezevit.train import build, checkpoints, data, loop
+from squeezevit.train.config import Config, load_config, recipes, to_dict, to_yaml
+from squeezevit.train.loop import train
+
+TINY = [
+    "model.name=vit_tiny_patch16_224",
+    "model.image_size=32",
+    "model.options={patch_size: 8, embed_dim: 48, depth: 4, num_heads: 3}",
+    "data.workers=0",
+    "device=cpu",
+    "optimizer.lr=1e-3",
+    "reducer.keep=0.5",
+    "reducer.at=1,2",
+    "batch_size=8",
+    "epochs=2",
+    "tensorboard=false",
+]
+PLAIN = ["augment.color_jitter=0", "augment.hflip=0", "augment.crop_scale=1,1", "augment.smoothing=0"]
+
+
+def write_images(folder: Path, names, rng, brightness: int) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        noise = rng.normal(brightness, 40, (36, 36, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noise).save(folder / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes told apart by brightness: 2 x 16 to train on, 2 x 7 (no multiple of anything) to validate."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, n in (("train", 16), ("val", 7)):
+        for name, brightness in (("ant", 90), ("bee", 160)):
+            write_images(root / split / name, range(n), rng, brightness)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, photos):
+    """A file of starting weights whose classifier fits, for distillation."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "start.safetensors"
+    save_checkpoint(build.create_model(load_config(None, {}, TINY).model, 2), file)
+    return file
+
+
+def config(photos, out, *settings) -> Config:
+    return load_config(None, {"data.folder": str(photos), "out": str(out)}, [*TINY, *settings])
+
+
+def interrupt_at(update: int, number: int = signal.SIGTERM):
+    """A progress callback that sends this process a signal after so many updates."""
+    seen = []
+
+    def report(p):
+        seen.append(p)
+        if p.row is None and p.epoch * p.updates + p.update == update:
+            os.kill(os.getpid(), number)
+
+    return report
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def command(*argv, processes: int = 1, **options):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    line = [sys.executable, *launch, "-m", "squeezevit", "train", *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loop.__file__).parents[2])}
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def as_options(settings):
+    return [part for s in settings for part in ("--set", s)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["reducer.method=etps", "reducer.anneal_epochs=1", "augment.mixup=0.8", "augment.cutmix=1", "ema.decay=0.9"],
+        ["reducer.method=dtps", "augment.auto_augment=rand-m9-mstd0.5-inc1", "augment.erase=0.5", "accumulate=2"],
+        ["reducer.method=dtps", "reducer.options={train: topk}", "checkpoint_activations=true", "precision=bf16"],
+        ["reducer.method=tome", "augment.repeats=3", "tensorboard=true", "optimizer.layer_decay=0.8", "optimizer.clip=1"],
+    ],
+    ids=["etps", "dtps-masked", "dtps-topk", "tome"],
+)
+def test_short_runs_learn_and_leave_what_they_should(photos, weights, tmp_path, settings):
+    settings += [f"model.checkpoint={weights}", "loss.logits=0.5", "loss.tokens=0.5", "epochs=4"]
+    seen = []
+    result = train(config(photos, tmp_path, *settings), progress=seen.append)
+    rows = table(tmp_path / "log.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert all(row["val_images"] == "14" for row in rows)
+    assert {"loss", "task", "logits", "tokens", "top1", "top5", "dense_top1", "images_per_second"} <= rows[0].keys()
+    masked = "reducer.method=dtps" in settings and "reducer.options={train: topk}" not in settings
+    assert ("keep_ratio" in rows[0]) == masked
+    assert float(rows[-1]["task"]) < float(rows[0]["task"])
+    assert result.best > 0.5 and result.signal is None
+    assert (tmp_path / "best" / "model.safetensors").is_file() and (tmp_path / "last" / "state.pt").is_file()
+    assert (tmp_path / "last" / "ema.safetensors").is_file() == ("ema.decay=0.9" in settings)
+    assert (tmp_path / "classes.txt").read_text().split() == ["ant", "bee"]
+    assert seen[-1].seconds_left >= 0 and len(seen) == 4 * 4 + 4
+    assert load_config(tmp_path / "config.yaml") == config(photos, tmp_path, *settings)
+
+
+def test_validation_is_at_the_final_ratio_and_counts_what_a_plain_loop_counts(photos, tmp_path, monkeypatch):
+    used = []
+    score = loop._Run._score
+
+    def scored(run, net):
+        used.append(state_of(net).reducer.keep if "squeezevit_state" in vars(net) else "dense")
+        return score(run, net)
+
+    monkeypatch.setattr(loop._Run, "_score", scored)
+    ratios = []
+    monkeypatch.setattr(
+        loop, "retune_", lambda net, reducer: (ratios.append(reducer.keep), setattr(state_of(net), "reducer", reducer))
+    )
+    c = config(photos, tmp_path, "reducer.anneal_epochs=1", "epochs=1")
+    result = train(c)
+    assert ratios[0] == 1 and ratios[:4] == sorted(ratios[:4], reverse=True) and ratios[4] == 0.5
+    assert used == [0.5, "dense"]
+    net, _ = build.build_model(replace(c, model=replace(c.model, checkpoint=str(tmp_path / "last" / "model.safetensors"))), 2)
+    _, val = data.open_folder(photos)
+    val.transform = loop.eval_transform(net, 32)
+    with torch.no_grad():
+        hits = [net.eval()(s.image[None]).argmax().item() == s.label for s in (val[i] for i in range(len(val)))]
+    assert result.rows[0]["top1"] == pytest.approx(sum(hits) / 14)
+
+
+def test_learning_rates_of_heads_and_backbone_really_apply(photos, tmp_path):
+    settings = [
+        "reducer.method=dtps",
+        "optimizer.heads_lr_scale=10",
+        "optimizer.backbone_lr_scale=1e-3",
+        "optimizer.weight_decay=0",
+    ]
+    settings += ["save_every=1", "epochs=1", "schedule.min_lr=0"]
+    c = config(photos, tmp_path, *settings, "schedule.name=constant")
+    data.seed_everything(c.seed)
+    before = {k: v.clone() for k, v in build.build_model(c, 2)[0].state_dict().items()}
+    row = train(c).rows[0]
+    assert row["lr_heads"] == pytest.approx(1e-2) and row["lr"] == pytest.approx(1e-6)
+    after = load_file(tmp_path / "last" / "model.safetensors")
+    moved = {k: (after[k] - before[k]).abs().max().item() for k in before}  # Adam moves by about lr an update
+    assert max(v for k, v in moved.items() if not k.startswith("token_reducer.")) < 1e-5
+    assert max(v for k, v in moved.items() if k.startswith("token_reducer.")) > 5e-3
+
+
+def test_frozen_layers_stay_bit_equal(photos, tmp_path):
+    c = config(photos, tmp_path, "freeze=2", "epochs=1")
+    data.seed_everything(c.seed)
+    before = {k: v.clone() for k, v in build.build_model(c, 2)[0].state_dict().items()}
+    train(c)
+    after = load_file(tmp_path / "last" / "model.safetensors")
+    frozen = {k for k in before if torch.equal(before[k], after[k])}
+    expected = {k for k in before if k.startswith(("patch_embed", "pos_embed", "cls_token", "blocks.0.", "blocks.1."))}
+    assert frozen == expected
+
+
+@pytest.mark.parametrize("update", [3, 4, 6])  # inside an epoch, at its end before validation, in the next one
+def test_a_resumed_run_is_bit_equal(photos, tmp_path, update):
+    settings = ["reducer.method=dtps", "augment.mixup=0.8", "augment.erase=0.5", "ema.decay=0.9", "model.drop_path=0.1"]
+    whole, broken = (config(photos, tmp_path / name, *settings) for name in ("whole", "broken"))
+    expected = train(whole)
+    first = train(broken, progress=interrupt_at(update))
+    assert first.signal == signal.SIGTERM
+    second = train(replace(broken, save_every=2), resume=True)
+    for name in ("model", "ema"):
+        assert same_weights(tmp_path / "whole/last" / f"{name}.safetensors", tmp_path / "broken/last" / f"{name}.safetensors")
+    timed = ("images_per_second", "seconds")
+    assert [{k: v for k, v in r.items() if k not in timed} for r in second.rows] == [
+        {k: v for k, v in r.items() if k not in timed} for r in expected.rows
+    ]
+
+
+def test_sigterm_to_the_command_then_resume(photos, tmp_path):
+    """With reading processes, which must neither die of the signal nor change the result, and with noise in the model."""
+    tiny = [s for s in TINY if s not in ("data.workers=0", "epochs=2")]
+    settings = [*tiny, "data.workers=1", "epochs=12", "save_every=1", "reducer.method=dtps"]
+    process = command("--data", photos, "--out", tmp_path / "a", *as_options(settings), start_new_session=True)
+    while not (tmp_path / "a" / "last").exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    assert "--resume goes on" in output
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(load_config(tmp_path / "a" / "config.yaml"))
+    train(load_config(tmp_path / "a" / "config.yaml", {}, ["data.workers=0"]), resume=True)
+    train(config(photos, tmp_path / "b", "epochs=12", "reducer.method=dtps"))
+    assert same_weights(tmp_path / "a/last/model.safetensors", tmp_path / "b/last/model.safetensors")
+
+
+@pytest.mark.parametrize("moment", ["filling", "between the renames"])
+def test_killed_while_writing_the_previous_checkpoint_counts(tmp_path, monkeypatch, moment):
+    folder = tmp_path / "last"
+    checkpoints.write_folder(folder, lambda f: (f / "x").write_text("old"))
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args):
+        raise Killed
+
+    if moment == "filling":
+        with pytest.raises(Killed):
+            checkpoints.write_folder(folder, die)
+    else:
+        rename = Path.rename
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "rename", lambda a, b: rename(a, b) if a == folder else die())
+            checkpoints.write_folder(folder, lambda f: (f / "x").write_text("new"))
+    assert (checkpoints.find_folder(folder) / "x").read_text() == "old"
+    checkpoints.write_folder(folder, lambda f: (f / "x").write_text("newer"))
+    assert (checkpoints.find_folder(folder) / "x").read_text() == "newer"
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
+    c = config(photos, tmp_path)
+    train(c, progress=interrupt_at(2))
+    good = {p.name: p.read_bytes() for p in (tmp_path / "last").iterdir()}
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"No space left.*untouched.*--resume"):
+        patch.setattr(checkpoints, "save_state", full)
+        train(c, resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "last").iterdir()} == good
+    assert not (tmp_path / "last.new").exists()
+    assert len(train(c, resume=True).rows) == 2
+
+
+def test_resume_refuses_another_configuration_data_or_file(photos, tmp_path):
+    c = config(photos, tmp_path / "out")
+    train(c, progress=interrupt_at(2))
+    changed = replace(c, epochs=3, optimizer=replace(c.optimizer, lr=0.5))
+    with pytest.raises(ConfigError, match=r"epochs \(2, now 3\), optimizer.lr \(0.001, now 0.5\)"):
+        train(changed, resume=True)
+    (tmp_path / "out/last/state.pt").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="training state"):
+        train(c, resume=True)
+
+
+def test_corrupt_images_are_skipped_counted_and_listed_up_to_a_share(photos, tmp_path):
+    rng = np.random.default_rng(1)
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            write_images(tmp_path / "set" / split / name, range(8), rng, 120)
+        (tmp_path / "set" / split / "ant" / "3.png").write_bytes(b"no image")
+    row = train(config(tmp_path / "set", tmp_path / "a", "data.max_unreadable=0.1")).rows[-1]
+    assert (row["unreadable"], row["val_images"]) == (2, 15)
+    listed = table(tmp_path / "a/unreadable.csv")
+    assert [Path(r["path"]).name for r in listed] == ["3.png", "3.png"] and all(r["reason"] for r in listed)
+    with pytest.raises(DataError, match=r"of 32 images cannot be read.*max_unreadable=0.01"):
+        train(config(tmp_path / "set", tmp_path / "b"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(photos, tmp_path, monkeypatch):
+    c = config(photos, tmp_path, "save_every=2")
+    criterion = loop._Run._criterion
+
+    def broken(run):
+        inner = criterion(run)
+        return lambda logits, labels: inner(logits, labels) * (float("nan") if getattr(run, "update", 0) == 3 else 1)
+
+    monkeypatch.setattr(loop._Run, "_criterion", broken)
+    with pytest.raises(TrainingError, match=r"loss, task became nan at update 4 of epoch 1; the checkpoint before.*smaller"):
+        train(c)
+    kept = load_file(tmp_path / "last/model.safetensors")
+    assert all(v.isfinite().all() for v in kept.values())
+    assert checkpoints.load_state(tmp_path / "last/state.pt")["update"] == 2
+
+
+def test_two_processes_follow_the_same_curve_as_one(photos, tmp_path):
+    settings = [*TINY, *PLAIN, "accumulate=2", "optimizer.clip=1"]
+    result = train(load_config(None, {"data.folder": str(photos), "out": str(tmp_path / "one")}, settings))
+    process = command("--data", photos, "--out", tmp_path / "two", *as_options(settings), processes=2)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    rows = table(tmp_path / "two/log.csv")
+    for one, two in zip(result.rows, rows, strict=True):
+        assert float(two["loss"]) == pytest.approx(one["loss"], rel=1e-4)
+        assert two["val_images"] == "14"
+        assert float(two["top1"]) == pytest.approx(one["top1"], abs=1e-6)
+    one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+
+
+def test_tables_of_labels_give_the_same_run_as_folders(photos, tmp_path):
+    for split in ("train", "val"):
+        paths = sorted((photos / split).glob("*/*.png"))
+        (photos / f"{split}.csv").write_text("path,label\n" + "".join(f"{p.relative_to(photos)},{p.parent.name}\n" for p in paths))
+    try:
+        tables = train(config(photos, tmp_path / "tables", "epochs=1"))
+    finally:
+        for split in ("train", "val"):
+            (photos / f"{split}.csv").unlink()
+    folders = train(config(photos, tmp_path / "folders", "epochs=1"))
+    assert tables.rows[0]["loss"] == folders.rows[0]["loss"] and tables.rows[0]["top1"] == folders.rows[0]["top1"]
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_load_and_build(name):
+    c = load_config(name, {"data.folder": "photos"}, ["model.pretrained=false"])
+    assert load_config(None, to_dict(c)) == c
+    small = ["model.image_size=32", "model.options={depth: 12, embed_dim: 48, num_heads: 3}"]
+    net, reducer = build.build_model(load_config(name, {"model.pretrained": False}, small), 10)
+    assert state_of(net).reducer == reducer and reducer.stages(12) == (3, 6, 9)
+    optimizer = build.make_optimizer(net, c.optimizer)
+    schedule = build.make_schedule(optimizer, c, 100)
+    schedule.step_update(c.epochs * 100)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(c.schedule.min_lr * optimizer.param_groups[0]["lr_scale"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimiser.lr=1", r"optimiser.* is no field.*optimizer\.lr"),
+        ("lr=1", r"lr is no field.*did you mean optimizer\.lr"),
+        ("optimizer.lr=-1", r"optimizer\.lr=-1 cannot be used; give a number above 0"),
+        ("optimizer.lr=fast", r"optimizer\.lr='fast' cannot be used"),
+        ("epochs=1.5", r"epochs=1\.5 cannot be used; give a whole number of 1 or more"),
+        ("precision=fp8", r"precision='fp8' .*one of fp32, bf16, fp16"),
+        ("augment.erase=2", r"augment\.erase=2 .*from 0 to 1"),
+        ("optimizer=adamw", r"optimizer='adamw' is a section"),
+        ("epochs", r"--set 'epochs' has no value"),
+        ("schedule.warmup_epochs=9", r"warmup_epochs=9 is longer than epochs=2"),
+        ("reducer.method=tps", r"method 'tps' is not known"),
+        ("reducer.options={keeps: 1}", r"do not fit etps .* its fields are keep"),
+        ("model.name=vit_tinny", r"no model of timm.*near it: vit_tiny"),
+        ("model.num_classes=3", r"num_classes=3, but the data have 2 classes"),
+        ("model.options={depht: 3}", r"timm cannot build"),
+        ("batch_size=7", r"does not divide"),
+        ("batch_size=64", r"more than the 32 training images"),
+        ("optimizer.name=adamm", r"optimizer\.name='adamm'"),
+        ("freeze=4", r"freeze=4 leaves nothing"),
+        ("augment.crop_scale=1", r"crop_scale=.* is no range"),
+        ("loss.logits=0.5", r"classifier for 2 classes is untrained"),
+        ("device=cuda", r"device='cuda' is not there"),
+    ],
+)
+def test_bad_configurations_are_refused_before_any_work(photos, tmp_path, setting, message):
+    if setting == "device=cuda" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    extra = ["accumulate=2"] if setting == "batch_size=7" else []
+    with pytest.raises(SqueezeViTError, match=message):
+        train(config(photos, tmp_path / "out", *extra, setting))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_any_work(photos, tmp_path, weights):
+    wider = "teacher={name: vit_tiny_patch16_224, image_size: 32, options: {patch_size: 8, embed_dim: 96, depth: 1}}"
+    with pytest.raises(ConfigError, match="96 channels, the model's 48"):
+        train(config(photos, tmp_path / "out", "loss.tokens=0.5", wider))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: None, "neither train/"),
+        (lambda root: (root / "train").mkdir(), "no class folders"),
+        (lambda root: write_images(root / "train" / "ant", [1], np.random.default_rng(0), 90), "nothing for split='val'"),
+        (lambda root: [write_images(root / s / "ant", [1], np.random.default_rng(0), 9) for s in ("train", "val")], "single class"),
+        (lambda root: (root / "train.csv").write_text("file,label\na.png,1\n"), "columns file, label"),
+        (lambda root: (root / "train.csv").write_text("path,label\na.png,\n"), "line 2: label is empty"),
+        (
+            lambda root: [
+                (root / f"{s}.csv").write_text(f"path,label\na.png,1\nb.png,{n}\n") for s, n in (("train", 2), ("val", 3))
+            ],
+            "line 3: the label '3' has no training image",
+        ),
+    ],
+    ids=["empty", "no classes", "no validation", "single class", "columns", "no label", "wrong label"],
+)
+def test_bad_folders_are_refused_before_any_work(tmp_path, spoil, message):
+    root = tmp_path / "set"
+    root.mkdir()
+    spoil(root)
+    with pytest.raises(DataError, match=message):
+        train(config(root, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_differ_between_the_splits_are_a_mistake(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, names in (("train", ("ant", "bee")), ("val", ("ant", "wasp"))):
+        for name in names:
+            write_images(tmp_path / split / name, [1], rng, 90)
+    with pytest.raises(DataError, match="bee, wasp"):
+        data.open_folder(tmp_path)
+
+
+def test_the_command_trains_prints_and_explains(photos, tmp_path, capsys):
+    def run(*argv):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *map(str, argv)])
+        return stop.value.code or 0
+
+    options = ["--data", photos, "--out", tmp_path, *as_options([*TINY, "epochs=1"])]
+    assert run(*options) == 0
+    out, err = capsys.readouterr()
+    assert "Best top-1" in out and "epoch 1/1" in err
+    assert run(*options) == 2 and "--resume" in capsys.readouterr().err
+    assert run("--recipe", "dtps-deit-small", "--keep", "0.7,0.6,0.5", "--print-config") == 0
+    text = capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text(text)
+    assert to_yaml(load_config(tmp_path / "mine.yaml")) == text and "0.99996" in text
+    assert run("--recipe", "dtps-deit-smal") == 2 and "recipes are" in capsys.readouterr().err
