@@ -2,7 +2,7 @@
 
     python benchmarks/finetune.py data --task emoji              # fetch and pack the pictures (never redistributed)
     python benchmarks/finetune.py run --task emoji --fold 0      # dense first, then every reducer; one file a fold and seed
-    python benchmarks/finetune.py table                          # what all of them say, to benchmarks/results/finetune.json
+    python benchmarks/finetune.py table                          # what all of them say: benchmarks/results/finetune/finetune.json
 
 DINOv2 ViT-S/14. Every image is tested once a seed: 3 folds over emoji (both pictures of an emoji stand on one side), 4 over cells.
 """
@@ -35,7 +35,7 @@ from squeezevit.reducer import Reducer
 from squeezevit.train.anneal import annealed
 from squeezevit.train.objective import LossWeights, Objective
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "finetune"
 DATA = Path(__file__).parent / "data"
 AT = (2, 4, 6, 8)
 SHARES = (0.5, 0.35)
@@ -289,11 +289,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _write(args: argparse.Namespace, task: Task, recipe: Recipe, rows: list[dict], outputs: dict[str, np.ndarray]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"finetune_{task.name}_{args.fold}_{args.seed}{args.tag}"
+    stem = args.out / f"finetune_{task.name}_{args.fold}_{args.seed}"
     setting = {"created": now(), "command": command(), "machine": machine(args.device), "versions": versions()}
     setting |= {"task": asdict(task), "recipe": asdict(recipe), "at": AT, "fold": args.fold, "seed": args.seed, "rows": rows}
     stem.with_suffix(".json").write_text(json.dumps(setting, indent=1) + "\n")
-    np.savez_compressed(stem.with_suffix(".npz"), **outputs)
+    given = ("test", "labels")
+    small = {n: v if n in given or task.classes == 2 else v.argmax(1).astype(np.uint8) for n, v in outputs.items()}
+    np.savez_compressed(stem.with_suffix(".npz"), **small)
 
 
 def table(args: argparse.Namespace) -> None:
@@ -318,10 +320,10 @@ def _task_table(files: list[Path], task: Task) -> dict[str, object]:
     from scipy.stats import ttest_1samp
     from sklearn.metrics import roc_auc_score
 
-    runs = [(json.loads(f.read_text()), np.load(f.with_suffix(".npz"))) for f in files]
-    names = [n for n in runs[0][1].files if n not in ("test", "labels") and all(n in arrays.files for _, arrays in runs)]
+    runs = [(json.loads(f.read_text()), dict(np.load(f.with_suffix(".npz")))) for f in files]
+    names = [n for n in runs[0][1] if n not in ("test", "labels") and all(n in arrays for _, arrays in runs)]
     seeds = sorted({setting["seed"] for setting, _ in runs})
-    right = {n: np.concatenate([arrays[n].argmax(1) == arrays["labels"] for _, arrays in runs]) for n in names}
+    right = {n: np.concatenate([_predicted(arrays[n]) == arrays["labels"] for _, arrays in runs]) for n in names}
     image = np.concatenate([arrays["test"] for _, arrays in runs])
     by_name = {n: [next(r for r in s["rows"] if r["name"] == n) for s, _ in runs] for n in names}
 
@@ -351,8 +353,13 @@ def _task_table(files: list[Path], task: Task) -> dict[str, object]:
             row[f"p_against_{rival}"] = p_value(n, other) if other in names and other != n else ""
         rows.append(row)
     first = runs[0][0]
-    keys = ("machine", "versions", "recipe", "task", "at")
+    keys = ("created", "machine", "versions", "recipe", "task", "at")
     return {"images": len(np.unique(image)), "seeds": seeds, **{k: first[k] for k in keys}, "rows": rows}
+
+
+def _predicted(output: np.ndarray) -> np.ndarray:
+    """Classes [n], of logits [n, classes] or of what `run` keeps of them."""
+    return output.argmax(1) if output.ndim == 2 else output
 
 
 def main() -> None:
@@ -367,7 +374,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS)
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the unreduced model's MACs")
     parser.add_argument("--head-lr", type=float, default=Recipe.head_lr)
-    parser.add_argument("--tag", default="", help="added to the names of the files; `table` joins files of one fold and seed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -41,6 +41,10 @@ class State:
     def clear(self) -> None:
         self.slots = [None] * len(self.stages)
 
+    def training(self, module: nn.Module) -> bool:
+        """The mode that counts: that of learned heads, so that a model with some blocks frozen in evaluation still trains."""
+        return module.training if self.heads is None else self.heads.training
+
     def final_weights(self, training: bool) -> Tensor | None:
         """How much each token that left the last block counts in pooling, [B, T]: its mass, or in masked training its policy.
 
@@ -104,11 +108,16 @@ class Site:
                 f"block {self.block} is recomputed in backward after another forward of the same model replaced what its stages "
                 f"left; with {state.reducer} and activation checkpointing call backward after each forward, or switch it off"
             )
-        elif carry.policy is not None and x.requires_grad and not carry.policy.requires_grad:
+        if carry.policy is not None and self._learns(x) and not carry.policy.requires_grad:
             raise UnsupportedError(
                 f"block {self.block}: reentrant activation checkpointing loses the gradient of the decisions that {state.reducer} "
                 "learns by; use the other kind (use_reentrant=False; in timm timm.layers.set_reentrant_ckpt(False))"
             )
+
+    def _learns(self, x: Tensor) -> bool:
+        heads = self.state.heads
+        trainable = heads is not None and any(p.requires_grad for p in heads.parameters())
+        return trainable and torch.is_grad_enabled() and x.requires_grad
 
     def reduce(self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """Run this block's stage on `tokens`; x is what came into the block and what evidence is computed from."""
@@ -119,7 +128,7 @@ class Site:
             head = None if state.heads is None else state.heads[stage]
             cut = type(block).squeezevit_cut  # type: ignore[attr-defined]
             attend = partial(cut.attention, block, x)
-            s = Stage(tokens, state.prefix, k, stage, state.class_token, carry, attend, head, block.training)
+            s = Stage(tokens, state.prefix, k, stage, state.class_token, carry, attend, head, state.training(block))
             reduction = state.reducer.reduce(s)
             carry = outgoing_carry(state.reducer, carry, reduction)
         else:
@@ -186,16 +195,17 @@ class ReducedBlock(_Subclass):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site, cut = self.squeezevit_site, self.squeezevit_cut
+        training = site.state.training(self)
         _refuse_masks(self, args, kwargs)
         place = None if site.stage is None else site.state.reducer.place
-        carry = site.carry_in(x, self.training)
+        carry = site.carry_in(x, training)
         if place == "before":
             x, carry = site.reduce(self, x, x, carry)
         y = cut.attn_half(self, x, _as_bias(carry, x))
         if place == "between":
             y, _ = site.reduce(self, x, y, carry)
         y = cut.mlp_half(self, y)
-        site.leave(y, self.training)
+        site.leave(y, training)
         return y
 
     def extra_repr(self) -> str:

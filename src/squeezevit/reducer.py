@@ -228,7 +228,7 @@ class Staged(Reducer):
 
     def targets(self, stages: int) -> list[float]:
         """The share of the original patch tokens that each of `stages` stages is to leave."""
-        return [math.prod(self.ratio(i) for i in range(j + 1)) for j in range(stages)]
+        return [math.prod([self.ratio(i) for i in range(j + 1)]) for j in range(stages)]
 
     def count(self, stage: int, n: int, n0: int) -> int:
         """K_j = ceil(keep_j * K_{j-1}), as EViT and eTPS; never 0."""

@@ -85,7 +85,7 @@ class ReducedVisionTransformer:
         state = self.squeezevit_state  # type: ignore[attr-defined]
         if state.trace is not None:
             state.trace.tokens = x[:, state.prefix :]
-        x.squeezevit_weights = state.final_weights(self.training)  # type: ignore[attr-defined]
+        x.squeezevit_weights = state.final_weights(state.training(self))
         return x
 
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ class ReducedVisionTransformer:
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Pooling in which a token counts as many times as it has patches; where all count the same, the host's own."""
         state = self.squeezevit_state  # type: ignore[attr-defined]
-        follows = state.reducer.follows(self.training)  # type: ignore[attr-defined]
+        follows = state.reducer.follows(state.training(self))
         if follows and not hasattr(x, "squeezevit_weights") and self._pools_patches(pool_type):
             raise UnsupportedError(
                 f"these features have lost the weights that {state.reducer} gave their tokens, which pooling needs; pool the very "
