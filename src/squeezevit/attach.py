@@ -15,7 +15,7 @@ from squeezevit import families, ops
 from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.modes import evaluation_mode
 from squeezevit.predictor import ScoreHeads
-from squeezevit.reducer import Attention, Carry, Reducer, Reduction, Stage, outgoing_carry
+from squeezevit.reducer import Attention, Carry, Reducer, Reduction, Stage, Staged, outgoing_carry
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -348,7 +348,8 @@ def _heads(model: nn.Module, host: families.Host, reducer: Reducer, stages: int)
         raise UnsupportedError(f"{type(model).__name__} already has a token_reducer of class {type(old).__name__}; rename it first")
     like = next(host.blocks[0].parameters())
     dtype = like.dtype if like.is_floating_point() else None
-    return ScoreHeads(stages, host.dim, like.device, dtype).train(model.training)
+    keep = [reducer.ratio(j) if isinstance(reducer, Staged) else 0.5 for j in range(stages)]
+    return ScoreHeads(keep, host.dim, like.device, dtype).train(model.training)
 
 
 @torch.no_grad()

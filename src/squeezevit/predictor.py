@@ -1,5 +1,7 @@
 """The learned score head of dTPS and DynamicViT (Rao et al. 2021, eq. 1 to 4), with the authors' parameter names."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,24 +9,32 @@ from torch import Tensor, nn
 
 
 class ScoreHead(nn.Module):
-    """Keep / drop log-probabilities from a token and the mean of the others: [B, N, C] -> [B, N, 2], class 0 = keep."""
+    """Keep / drop log-probabilities from a token and the mean of the others: [B, N, C] -> [B, N, 2], class 0 = keep.
 
-    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    keep: the probability a fresh head begins with, so that masked training begins at the ratio it aims at (the authors' begin
+    at one half whatever the ratio); ranks do not depend on it.
+    """
+
+    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None, keep: float = 0.5) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_conv = nn.Sequential(nn.LayerNorm(dim, **dd), nn.Linear(dim, dim, **dd), nn.GELU())
+        last = nn.Linear(dim // 4, 2, **dd)
         self.out_conv = nn.Sequential(
             nn.Linear(dim, dim // 2, **dd),
             nn.GELU(),
             nn.Linear(dim // 2, dim // 4, **dd),
             nn.GELU(),
-            nn.Linear(dim // 4, 2, **dd),
+            last,
             nn.LogSoftmax(dim=-1),
         )
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        odds = math.log(keep / (1 - keep)) if keep < 0.99 else 5.0
+        nn.init.constant_(last.bias[:1], odds / 2)
+        nn.init.constant_(last.bias[1:], -odds / 2)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """kept [B, N]: 1 for tokens that count in the mean, 0 for those dropped at an earlier stage; None = all count."""
@@ -38,8 +48,10 @@ class ScoreHead(nn.Module):
 class ScoreHeads(nn.ModuleList):
     """One head per stage, at `model.token_reducer`: keys `token_reducer.{j}.in_conv.*` and `token_reducer.{j}.out_conv.*`."""
 
-    def __init__(self, stages: int, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__(ScoreHead(dim, device, dtype) for _ in range(stages))
+    def __init__(
+        self, keep: Sequence[float], dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(ScoreHead(dim, device, dtype, ratio) for ratio in keep)
         self.dim = dim
 
     def fits(self, stages: int, dim: int) -> bool:
