@@ -62,7 +62,7 @@ class Case:
 
 CASES = [Case(model, reducer) for model in zoo.MODELS for reducer in zoo.REDUCERS]
 THOROUGH = "average-pool"  # where most can go wrong: masses reach the bias, the scores and the pooling
-VARIANTS = ("identity", "etps-received", "evit-normalize")  # the code of another line of zoo.REDUCERS but for one step
+VARIANTS = ("identity", "etps-received", "dtps-topk", "evit-normalize")  # the code of another line of zoo.REDUCERS but for one step
 KIN, REST = ("res-post-norm", "pre-norm"), ("etps-mass", "dtps")  # models beyond the eight kinds that are promised
 QUESTIONS: list[tuple[Callable[[Case], None], Case]] = []
 

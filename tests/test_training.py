@@ -460,3 +460,13 @@ def test_training_by_topk_drops_what_evaluation_drops(kind, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, *args, **options: self.fill_(1.0))
     quiet = zoo.run(model, x)
     assert_near(quiet, zoo.run(model.eval(), x), 1e-5, "output")
+
+
+@pytest.mark.parametrize("method", ["dtps", "dynamicvit"])
+def test_training_by_topk_tells_what_keeping_a_pruned_token_would_have_done(method):
+    """Without a gradient for the tokens that leave, heads learn to drop what matters: when it is gone, the others are blamed."""
+    model = training("plain", method, train="topk", at=(1,))
+    with sv.trace(model) as t:
+        output = model(zoo.images(2))
+    (gradient,) = torch.autograd.grad(output.square().sum(), t.logits)
+    assert (gradient.gather(1, t.stages[0].pruned[..., None].expand(-1, -1, 2)).abs() > 0).all()

@@ -46,6 +46,7 @@ REDUCERS: dict[str, Reducer] = {
     "etps-received": sv.ETPS(keep=0.6, score="received"),
     "etps-mass": sv.ETPS(keep=0.6, mass=True),
     "dtps": sv.DTPS(keep=0.6),
+    "dtps-topk": sv.DTPS(keep=0.6, train="topk"),
     "evit": sv.EViT(keep=0.6),
     "evit-normalize": sv.EViT(keep=0.6, normalize=True),
     "dynamicvit": sv.DynamicViT(keep=0.6),

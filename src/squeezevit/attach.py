@@ -119,8 +119,11 @@ class Site:
         trainable = heads is not None and any(p.requires_grad for p in heads.parameters())
         return trainable and torch.is_grad_enabled() and x.requires_grad
 
-    def reduce(self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
-        """Run this block's stage on `tokens`; x is what came into the block and what evidence is computed from."""
+    def reduce(self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry) -> tuple[Reduction, Carry]:
+        """Run this block's stage on `tokens`; x is what came into the block and what evidence is computed from.
+
+        The carry that is returned is for this block's own attention.
+        """
         state, stage = self.state, cast(int, self.stage)
         n = _length(tokens) - state.prefix
         k = state.reducer.count(stage, n, carry.n0)
@@ -134,12 +137,12 @@ class Site:
         else:
             reduction = _nothing_pruned(tokens, n)
         if state.reducer.carries:
-            state.slots[stage] = carry
+            state.slots[stage] = carry if reduction.leaving is None else Carry(carry.n0)
             if stage == 0 and (torch.compiler.is_compiling() or not _in_backward()):
                 state.thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         if state.trace is not None:
             state.trace.record(stage, self.block, n, reduction)
-        return reduction.tokens, carry
+        return reduction, carry
 
     def leave(self, y: Tensor, training: bool) -> None:
         """Note what a recompute put out; drop the slots after the last block where no backward can ask for them again."""
@@ -199,11 +202,15 @@ class ReducedBlock(_Subclass):
         _refuse_masks(self, args, kwargs)
         place = None if site.stage is None else site.state.reducer.place
         carry = site.carry_in(x, training)
+        leaving = None
         if place == "before":
-            x, carry = site.reduce(self, x, x, carry)
+            reduction, carry = site.reduce(self, x, x, carry)
+            x, leaving = reduction.tokens, reduction.leaving
         y = cut.attn_half(self, x, _as_bias(carry, x))
+        if leaving is not None:
+            y = ops.take(y, leaving)
         if place == "between":
-            y, _ = site.reduce(self, x, y, carry)
+            y = site.reduce(self, x, y, carry)[0].tokens
         y = cut.mlp_half(self, y)
         site.leave(y, training)
         return y
@@ -335,7 +342,7 @@ def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int) -> list[int]
     """Blocks whose class changes: the stages, and those after the first one if their attention ever gets a bias."""
     if not stages:
         return []
-    return list(range(stages[0], depth)) if reducer.weighs or reducer.learned else list(stages)
+    return list(range(stages[0], depth)) if reducer.weighs or reducer.masks else list(stages)
 
 
 def _heads(model: nn.Module, host: families.Host, reducer: Reducer, stages: int) -> ScoreHeads | None:

@@ -162,18 +162,18 @@ def decide(logits: Tensor, before: Tensor | None = None) -> Tensor:
     return decision + best * none_left
 
 
-def squeeze_masked(x: Tensor, kept: Tensor, pruned: Tensor) -> Tensor:
+def squeeze_masked(x: Tensor, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
     """`squeeze` at full length, for training: tokens with pruned = 1 are squeezed into those with kept = 1.
 
-    Shapes: [B, N, C], [B, N], [B, N] -> [B, N, C]. kept and pruned are 0 or 1; the gradient of `pruned` is that of a factor of
-    the token's fuse weight, so tokens that were kept learn what squeezing them would have done.
+    Shapes: [B, N, C], [B, N], [B, N] -> [B, N, C], and the host of every token [B, N]. kept and pruned are 0 or 1; the gradient
+    of `pruned` is that of a factor of the token's fuse weight, so tokens that were kept learn what squeezing them would have done.
     """
     with no_autocast(x):
         a = F.normalize(wide(x), dim=-1)
         hidden = (kept.detach() < 0.5)[:, None] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         cosine, hosts = (a @ a.transpose(1, 2)).masked_fill(hidden, -100.0).max(dim=-1)
     own, weights = squeeze_weights(x, cosine)
-    return fuse(x, x, hosts, own, weights * pruned)
+    return fuse(x, x, hosts, own, weights * pruned), hosts
 
 
 def policy_bias(policy: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Carry(NamedTuple):
     n0: int  # patch tokens before the first stage
     mass: Tensor | None = None  # [B, T] float32, patches each token stands for; prefix tokens have 1
     bias: Tensor | None = None  # [B, 1, 1, T] or [B, 1, T, T] float32, added to attention logits
-    policy: Tensor | None = None  # [B, T], 1 for tokens kept so far, 0 for those masked out; with gradient (learned heads)
+    policy: Tensor | None = None  # [B, T], 1 for tokens kept so far, 0 for those masked out; with gradient (masked training)
 
 
 class Reduction(NamedTuple):
@@ -52,7 +52,8 @@ class Reduction(NamedTuple):
     mass: Tensor | None = None  # [B, P + outgoing patches]
     logits: Tensor | None = None  # [B, N, 2], of a learned head in training
     decision: Tensor | None = None  # [B, N], 1 = keep, with gradient, in training
-    policy: Tensor | None = None  # [B, P + outgoing patches], of a learned head in training: later attention sees those with 1
+    policy: Tensor | None = None  # [B, P + N], of a learned head in training: all tokens go on, attention sees those with 1
+    leaving: Tensor | None = None  # [B, P + K], rows that stay when the others leave, behind this block's attention
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Stage:
         return ops.wide(self.head(self.tokens[:, self.prefix :], self.kept_so_far()))
 
     def kept_so_far(self) -> Tensor | None:
-        """In training of learned heads, which patch tokens earlier stages kept, [B, N] with gradient; None before the first."""
+        """In masked training, which patch tokens earlier stages kept, [B, N] with gradient; None before the first."""
         return None if self.carry.policy is None else self.carry.policy[:, self.prefix :]
 
     def rows(self, kept: Tensor) -> Tensor:
@@ -121,12 +122,9 @@ class Stage:
         """Patch tokens by index: [B, R] -> [B, R, C]."""
         return ops.take(self.tokens, index + self.prefix)
 
-    def squeeze(
-        self, kept: Tensor, pruned: Tensor, by_mass: bool = False, share: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def squeeze(self, kept: Tensor, pruned: Tensor, by_mass: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Squeeze the pruned into the kept: tokens [B, P + K, C], hosts [B, R], and the masses [B, P + K] if by mass.
 
-        share [B, R]: factors of the fuse weights of the pruned tokens (ones that carry a gradient).
         Prefix tokens ride along as reserved tokens that host nobody, which `ops.fuse` returns bit for bit: no second copy.
         """
         tokens, gone = self.keep(kept), self.take(pruned)
@@ -134,9 +132,7 @@ class Stage:
         if by_mass:
             merged, mass = self.merge_by_mass(tokens, gone, kept, pruned, hosts)
             return merged, hosts, mass
-        own, weights = ops.squeeze_weights(tokens, cosine)
-        weights = weights if share is None else weights * share
-        return ops.fuse(tokens, gone, hosts + self.prefix, own, weights), hosts, None
+        return ops.fuse(tokens, gone, hosts + self.prefix, *ops.squeeze_weights(tokens, cosine)), hosts, None
 
     def merge_by_mass(self, tokens: Tensor, gone: Tensor, kept: Tensor, pruned: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each kept token with those it hosts, weighted by mass, and the masses [B, P + K] going out."""
@@ -173,7 +169,7 @@ class Reducer:
 
     def follows(self, training: bool) -> bool:
         """Whether blocks behind a stage, and pooling, must know what the stage did."""
-        return self.weighs or (training and self.learned)
+        return self.weighs or (training and self.masks)
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """Block indices of the stages in a model of `depth` blocks; raises ConfigError where they do not fit."""
@@ -242,10 +238,9 @@ def floor_of_first(reducer: Staged, stage: int, n: int, n0: int) -> int:
 
 def outgoing_carry(reducer: Reducer, carry: Carry, reduction: Reduction) -> Carry:
     """What a stage leaves behind: masses as they are, their logarithm as the bias of later attention (Bolya et al. 2023), or
-    the policy and its bias (Rao et al. 2021; where tokens really leave, only ones are left, and only their gradient matters)."""
-    if (policy := reduction.policy) is not None:
-        bias = ops.policy_bias(policy) if reducer.masks else policy.log()[:, None, None]
-        return Carry(carry.n0, bias=bias, policy=policy)
+    the policy and its bias (Rao et al. 2021)."""
+    if reduction.policy is not None:
+        return Carry(carry.n0, bias=ops.policy_bias(reduction.policy), policy=reduction.policy)
     if reduction.mass is None or not reducer.weighs:
         return carry
     mass = reduction.mass.detach()

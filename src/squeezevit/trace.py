@@ -54,7 +54,7 @@ class Trace:
 
     def record(self, stage: int, block: int, n: int, r: Reduction) -> None:
         scores = None if r.scores is None else r.scores.detach()
-        n_out = r.tokens.shape[1] - self.prefix
+        n_out = r.kept.shape[1] if r.leaving is not None else r.tokens.shape[1] - self.prefix
         self._records[stage] = StageTrace(block, n, n_out, scores, r.kept, r.pruned, r.hosts, r.logits, r.decision)
 
     @property

@@ -58,8 +58,8 @@ class DTPS(Staged):
 
     train: what `model.train()` does. "masked", the paper's: all tokens stay, Gumbel-softmax samples which are kept, the others
     are squeezed and hidden from later attention; counts follow a loss (`losses.keep_ratio_loss`). "topk", faster: tokens really
-    leave, as many as in evaluation, chosen by the same noisy scores; the heads learn by a straight-through gradient, of the kept
-    tokens' attention and of the pruned tokens' fuse weights.
+    leave, as many as in evaluation, chosen by the same noisy scores, once the attention behind the stage has told the heads, by a
+    straight-through gradient, what each token was worth.
     """
 
     train: Literal["masked", "topk"] = "masked"
@@ -91,43 +91,48 @@ class DTPS(Staged):
             return self.reduce_masked(s, logits) if self.masks else self.reduce_relaxed(s, logits)
         scores = log_odds(logits)
         kept, pruned = ops.split(scores, s.k)
-        tokens, hosts = self.remove(s, kept, pruned)
+        if not self.squeezes:
+            return Reduction(s.keep(kept), kept, pruned, scores=scores)
+        tokens, hosts, _ = s.squeeze(kept, pruned)
         return Reduction(tokens, kept, pruned, hosts, scores)
 
     def reduce_masked(self, s: Stage, logits: Tensor) -> Reduction:
         """All tokens go on; what this stage prunes is squeezed where `squeezes`, and hidden by the policy."""
         before = s.kept_so_far()
         decision = ops.decide(logits, before)
-        tokens = s.tokens
-        if self.squeezes:
-            pruned = (1 - decision) * (1 if before is None else before)
-            patches = ops.squeeze_masked(tokens[:, s.prefix :], decision, pruned)
-            tokens = torch.cat([tokens[:, : s.prefix], patches], dim=1)
+        tokens, _ = self.squeeze_in_place(s, decision, (1 - decision) * (1 if before is None else before))
         policy = F.pad(decision, (s.prefix, 0), value=1.0)
         everything = torch.arange(s.n, device=tokens.device).expand(tokens.shape[0], -1)
         nobody = everything[:, :0]
         return Reduction(tokens, everything, nobody, nobody, log_odds(logits), logits=logits, decision=decision, policy=policy)
 
     def reduce_relaxed(self, s: Stage, logits: Tensor) -> Reduction:
-        """The K tokens with the highest sampled log-odds stay; their indicator has the gradient of a sigmoid around the cut."""
+        """The K tokens with the highest sampled log-odds stay; their indicator has the gradient of a sigmoid around the cut.
+
+        The others are squeezed, hidden from this block's attention by the policy, and leave behind it: so far they are there for
+        the gradient to say what keeping them would have done. (Without that the heads learn to drop what matters: whenever it is
+        gone, the tokens that are there get the large gradients.)
+        """
         sample = log_odds(F.gumbel_softmax(logits).clamp(min=1e-9).log())
         kept, pruned = ops.split(sample.detach(), s.k)
         cut = (sample.gather(1, kept).amin(dim=1) + sample.gather(1, pruned).amax(dim=1)).detach() / 2
         soft = (sample - cut[:, None]).sigmoid()
-        hard = torch.zeros_like(soft).scatter(1, kept, 1.0)
-        decision = hard - soft.detach() + soft
-        tokens, hosts = self.remove(s, kept, pruned, share=1 - decision.gather(1, pruned))
-        before = s.kept_so_far()
-        decision = decision if before is None else decision * before
-        policy = F.pad(decision.gather(1, kept), (s.prefix, 0), value=1.0)
-        return Reduction(tokens, kept, pruned, hosts, log_odds(logits), logits=logits, decision=decision, policy=policy)
+        decision = torch.zeros_like(soft).scatter(1, kept, 1.0) - soft.detach() + soft
+        tokens, hosts = self.squeeze_in_place(s, decision, 1 - decision)
+        if hosts is not None:  # as positions among the kept
+            places = torch.zeros_like(hosts).scatter(1, kept, torch.arange(s.k, device=kept.device).expand_as(kept))
+            hosts = places.gather(1, hosts.gather(1, pruned))
+        policy = F.pad(decision, (s.prefix, 0), value=1.0)
+        return Reduction(
+            tokens, kept, pruned, hosts, log_odds(logits), logits=logits, decision=decision, policy=policy, leaving=s.rows(kept)
+        )
 
-    def remove(self, s: Stage, kept: Tensor, pruned: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, P + K, C] without the pruned ones, and the hosts [B, R] of these, None where they are discarded."""
+    def squeeze_in_place(self, s: Stage, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All tokens, with the pruned ones squeezed into the kept, and each one's host [B, N]; indicators [B, N] of both."""
         if not self.squeezes:
-            return s.keep(kept), None
-        tokens, hosts, _ = s.squeeze(kept, pruned, share=share)
-        return tokens, hosts
+            return s.tokens, None
+        patches, hosts = ops.squeeze_masked(s.tokens[:, s.prefix :], kept, pruned)
+        return torch.cat([s.tokens[:, : s.prefix], patches], dim=1), hosts
 
 
 def log_odds(logits: Tensor) -> Tensor:
