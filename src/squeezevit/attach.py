@@ -15,7 +15,7 @@ from squeezevit import families, ops
 from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.modes import evaluation_mode
 from squeezevit.predictor import ScoreHeads
-from squeezevit.reducer import Attention, Carry, Reducer, Reduction, Stage, Staged, outgoing_carry
+from squeezevit.reducer import Attention, Carry, Reducer, Reduction, Stage, Staged, nothing_pruned, outgoing_carry
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,7 +80,7 @@ class Site:
     before: int
     last: bool  # no later block reads the slots
     pooled: bool  # but pooling may
-    seen: int = 0  # address of the block's input in the last forward; see `_check_recompute`
+    seen: int = 0  # address of the block's input in the last forward; see `_check_owner`
 
     def carry_in(self, x: Tensor, training: bool) -> Carry:
         reducer = self.state.reducer
@@ -135,7 +135,7 @@ class Site:
             reduction = state.reducer.reduce(s)
             carry = outgoing_carry(state.reducer, carry, reduction)
         else:
-            reduction = _nothing_pruned(tokens, n)
+            reduction = nothing_pruned(tokens, n)
         if state.reducer.carries:
             state.slots[stage] = carry if reduction.leaving is None else Carry(carry.n0)
             if stage == 0 and (torch.compiler.is_compiling() or not _in_backward()):
@@ -151,11 +151,6 @@ class Site:
         pooling_reads = self.pooled and self.state.reducer.follows(training)
         if self.last and not pooling_reads and _done_with_slots(training):
             self.state.clear()
-
-
-def _nothing_pruned(tokens: Tensor, n: int) -> Reduction:
-    everything = torch.arange(n, device=tokens.device).expand(tokens.shape[0], -1)
-    return Reduction(tokens, everything, everything[:, :0], everything[:, :0])
 
 
 def _address(x: Tensor) -> int:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from squeezevit import families
+from squeezevit.attach import reduce_
 from squeezevit.errors import CheckpointError, MissingExtraError
+from squeezevit.reducer import Reducer
 
 Model = TypeVar("Model", bound=nn.Module)
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # where training scripts put the weights
@@ -23,18 +25,19 @@ _RENAMED = (
 _SHOWN = 8  # keys of each kind an error lists
 
 
-def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, Any]) -> Model:
+def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, Any], name: str = "the given state dict") -> Model:
     """Load weights in place, from a file or a state dict, and return the model.
 
     Takes timm's files, files of `save_checkpoint` (safetensors), training checkpoints that nest their weights (EMA weights are
     preferred), and the authors' key names `score_predictor.{j}.*` for the learned heads; a position embedding for another grid
     is resampled by the host library. Pickled code is never run (`weights_only=True`). Raises CheckpointError where the file
     cannot be read, or, listing them, where keys are missing, unexpected or mis-shaped; the model is then as before.
+    name: what errors call a state dict; a file they call by its path.
 
     >>> m = torch.nn.Linear(2, 1); load_checkpoint_(m, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}).weight.tolist()
     [[1.0, 1.0]]
     """
-    name = "the given state dict" if isinstance(source, Mapping) else fspath(source)
+    name = name if isinstance(source, Mapping) else fspath(source)
     entries = _named(source, name) if isinstance(source, Mapping) else read_checkpoint(source)
     families.load_families()
     try:
@@ -55,6 +58,17 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
 def has_heads(weights: Mapping[str, Tensor]) -> bool:
     """Whether weights of `read_checkpoint` bring learned score heads."""
     return any(key.startswith("token_reducer.") for key in weights)
+
+
+def reduce_with_weights_(model: Model, reducer: Reducer, weights: Mapping[str, Tensor] | None, name: str) -> Model:
+    """`reduce_`, and `load_checkpoint_` on the side of it on which the keys fit: behind it where the weights bring heads."""
+    with_heads = weights is not None and has_heads(weights)
+    if weights is not None and not with_heads:
+        load_checkpoint_(model, weights, name)
+    reduce_(model, reducer)
+    if weights is not None and with_heads:
+        load_checkpoint_(model, weights, name)
+    return model
 
 
 def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:

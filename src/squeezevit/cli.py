@@ -319,8 +319,7 @@ def _reduced_model(
     image_size: int | None,
 ) -> tuple[Any, Any, bool]:
     """The model with its weights, the reducer, and whether a checkpoint brought learned heads; the model is left reduced."""
-    from squeezevit import load_checkpoint_, reduce_
-    from squeezevit.checkpoint import has_heads, read_checkpoint
+    from squeezevit.checkpoint import has_heads, read_checkpoint, reduce_with_weights_
 
     method = _checked_method(method)
     if pretrained and checkpoint is not None:
@@ -329,14 +328,9 @@ def _reduced_model(
         _warn(f"neither --pretrained nor --checkpoint: the weights of {name} are random, and so will the answers be")
     ratio, weights = _keep(keep), None if checkpoint is None else read_checkpoint(checkpoint)
     net = _create(name, pretrained, num_classes, image_size)
-    trained = weights is not None and has_heads(weights)
-    if checkpoint is not None and not trained:
-        load_checkpoint_(net, checkpoint)
     reducer = _reducer(net, method, ratio, at, image_size)
-    reduce_(net, reducer)
-    if checkpoint is not None and trained:
-        load_checkpoint_(net, checkpoint)
-    return net.eval(), reducer, trained
+    reduce_with_weights_(net, reducer, weights, str(checkpoint))
+    return net.eval(), reducer, weights is not None and has_heads(weights)
 
 
 def _create(name: str, pretrained: bool, num_classes: int | None, image_size: int | None) -> Any:
@@ -363,15 +357,11 @@ def _create(name: str, pretrained: bool, num_classes: int | None, image_size: in
 
 def _reducer(net: Any, method: str, keep: float | tuple[float, ...], at: str | None, image_size: int | None) -> Any:
     """A reducer by name; ToMe gets the r that costs what eTPS costs at this keep ratio."""
-    from squeezevit import macs, reduce_, restore_
-    from squeezevit.plan import plan_macs
+    from squeezevit.plan import tome_like_etps
     from squeezevit.reducers.names import staged
 
     stages = None if at is None else _blocks(at)
-    if method != "tome":
-        return staged(method, keep, stages)
-    share = macs(reduce_(net, staged("etps", keep, stages)), image_size) / macs(restore_(net), image_size)
-    return plan_macs(net, "tome", share, image_size=image_size)
+    return tome_like_etps(net, keep, stages, image_size) if method == "tome" else staged(method, keep, stages)
 
 
 def _to_device(net: Any, device: str) -> Any:

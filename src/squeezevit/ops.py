@@ -146,6 +146,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def log_odds(logits: Tensor) -> Tensor:
+    """Of keeping: [B, N, 2] -> [B, N]. Ordered as the probability, which would round to 1 where heads are sure."""
+    return logits[..., 0] - logits[..., 1]
+
+
 def decide(logits: Tensor, before: Tensor | None = None) -> Tensor:
     """Sample which tokens to keep: 1 or 0, with the gradient of the relaxed sample (straight-through Gumbel-softmax).
 
@@ -155,7 +160,7 @@ def decide(logits: Tensor, before: Tensor | None = None) -> Tensor:
     """
     decision = F.gumbel_softmax(logits, hard=True)[..., 0]
     decision = decision if before is None else decision * before
-    worth = (logits[..., 0] - logits[..., 1]).detach()
+    worth = log_odds(logits).detach()
     worth = worth if before is None else worth.masked_fill(before.detach() < 0.5, -math.inf)
     best = F.one_hot(worth.argmax(dim=1), worth.shape[1])
     none_left = decision.detach().sum(dim=1, keepdim=True) < 0.5

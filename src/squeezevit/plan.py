@@ -62,6 +62,17 @@ def plan_macs(
         restore_(model)
 
 
+def tome_like_etps(
+    model: nn.Module,
+    keep: float | Sequence[float],
+    at: Sequence[int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Reducer:
+    """The ToMe that costs what eTPS costs at these keep ratios. The model is left unreduced."""
+    share = macs(reduce_(model, staged("etps", keep, at)), image_size) / macs(restore_(model), image_size)
+    return plan_macs(model, "tome", share, image_size=image_size)
+
+
 def _solve(make: Callable[[float], Reducer], cost: Callable[[Reducer], float], share: float, method: str) -> Reducer:
     """Regula falsi (the Illinois variant) on a falling step function."""
     best = make(1.0)

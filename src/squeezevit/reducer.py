@@ -56,6 +56,12 @@ class Reduction(NamedTuple):
     leaving: Tensor | None = None  # [B, P + K], rows that stay when the others leave, behind this block's attention
 
 
+def nothing_pruned(tokens: Tensor, n: int) -> Reduction:
+    """All n patch tokens go out as they came: [B, P + n, C]."""
+    everything = torch.arange(n, device=tokens.device).expand(tokens.shape[0], -1)
+    return Reduction(tokens, everything, everything[:, :0], everything[:, :0])
+
+
 @dataclass(frozen=True)
 class Stage:
     """What a reducer sees at a stage: the tokens, how many to keep, and evidence on request (nothing is captured)."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from squeezevit import ops
 from squeezevit.errors import ConfigError
-from squeezevit.reducer import Reduction, Score, Stage, Staged, check_flag, check_score, floor_of_first
+from squeezevit.reducer import Reduction, Score, Stage, Staged, check_flag, check_score, floor_of_first, nothing_pruned
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class DTPS(Staged):
         logits = s.head_logits()
         if s.training:
             return self.reduce_masked(s, logits) if self.masks else self.reduce_relaxed(s, logits)
-        scores = log_odds(logits)
+        scores = ops.log_odds(logits)
         kept, pruned = ops.split(scores, s.k)
         if not self.squeezes:
             return Reduction(s.keep(kept), kept, pruned, scores=scores)
@@ -102,9 +102,8 @@ class DTPS(Staged):
         decision = ops.decide(logits, before)
         tokens, _ = self.squeeze_in_place(s, decision, (1 - decision) * (1 if before is None else before))
         policy = F.pad(decision, (s.prefix, 0), value=1.0)
-        everything = torch.arange(s.n, device=tokens.device).expand(tokens.shape[0], -1)
-        nobody = everything[:, :0]
-        return Reduction(tokens, everything, nobody, nobody, log_odds(logits), logits=logits, decision=decision, policy=policy)
+        scores = ops.log_odds(logits)
+        return nothing_pruned(tokens, s.n)._replace(scores=scores, logits=logits, decision=decision, policy=policy)
 
     def reduce_relaxed(self, s: Stage, logits: Tensor) -> Reduction:
         """The K tokens with the highest sampled log-odds stay; their indicator has the gradient of a sigmoid around the cut.
@@ -113,7 +112,7 @@ class DTPS(Staged):
         the gradient to say what keeping them would have done. (Without that the heads learn to drop what matters: whenever it is
         gone, the tokens that are there get the large gradients.)
         """
-        sample = log_odds(F.gumbel_softmax(logits).clamp(min=1e-9).log())
+        sample = ops.log_odds(F.gumbel_softmax(logits).clamp(min=1e-9).log())
         kept, pruned = ops.split(sample.detach(), s.k)
         cut = (sample.gather(1, kept).amin(dim=1) + sample.gather(1, pruned).amax(dim=1)).detach() / 2
         soft = (sample - cut[:, None]).sigmoid()
@@ -124,7 +123,7 @@ class DTPS(Staged):
             hosts = places.gather(1, hosts.gather(1, pruned))
         policy = F.pad(decision, (s.prefix, 0), value=1.0)
         return Reduction(
-            tokens, kept, pruned, hosts, log_odds(logits), logits=logits, decision=decision, policy=policy, leaving=s.rows(kept)
+            tokens, kept, pruned, hosts, ops.log_odds(logits), logits=logits, decision=decision, policy=policy, leaving=s.rows(kept)
         )
 
     def squeeze_in_place(self, s: Stage, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -133,8 +132,3 @@ class DTPS(Staged):
             return s.tokens, None
         patches, hosts = ops.squeeze_masked(s.tokens[:, s.prefix :], kept, pruned)
         return torch.cat([s.tokens[:, : s.prefix], patches], dim=1), hosts
-
-
-def log_odds(logits: Tensor) -> Tensor:
-    """Of keeping: [B, N, 2] -> [B, N]. Ordered as the probability, which would round to 1 where heads are sure."""
-    return logits[..., 0] - logits[..., 1]

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from squeezevit import families
-from squeezevit.attach import reduce_, restore_
-from squeezevit.checkpoint import has_heads, load_checkpoint_, read_checkpoint
+from squeezevit.attach import restore_
+from squeezevit.checkpoint import load_checkpoint_, read_checkpoint, reduce_with_weights_
 from squeezevit.errors import ConfigError
-from squeezevit.macs import macs
-from squeezevit.plan import plan_macs
+from squeezevit.plan import tome_like_etps
 from squeezevit.reducer import Reducer
 from squeezevit.reducers import ToMe
 from squeezevit.reducers.names import check_method, staged
@@ -31,13 +30,7 @@ def build_model(config: Config, classes: int) -> tuple[nn.Module, Reducer]:
     """The reduced model with its starting weights, and the reducer. Raises ConfigError or CheckpointError where they do not fit."""
     net = create_model(config.model, classes)
     reducer = make_reducer(config.reducer, net)
-    weights = _weights(config.model, net)
-    trained = weights is not None and has_heads(weights)
-    if weights is not None and not trained:
-        load_checkpoint_(net, weights)
-    reduce_(net, reducer)
-    if weights is not None and trained:
-        load_checkpoint_(net, weights)
+    reduce_with_weights_(net, reducer, _weights(config.model, net), str(config.model.checkpoint))
     return net, reducer
 
 
@@ -52,7 +45,9 @@ def build_teacher(config: Config, student: nn.Module, classes: int) -> nn.Module
         teacher = create_model(config.teacher, classes)
         weights = _weights(config.teacher, teacher)
         if weights is not None:
-            load_checkpoint_(teacher, {k: v for k, v in weights.items() if not k.startswith(_HEADS)})
+            load_checkpoint_(
+                teacher, {k: v for k, v in weights.items() if not k.startswith(_HEADS)}, str(config.teacher.checkpoint)
+            )
     return teacher.eval().requires_grad_(False)
 
 
@@ -87,7 +82,7 @@ def make_reducer(config: ReducerConfig, model: nn.Module) -> Reducer:
     """The configured reducer. Raises ConfigError for an unknown method, keep ratio or option."""
     name = check_method(config.method)
     if name == "tome":
-        reducer = ToMe() if "r" in config.options else _tome_like_etps(config, model)
+        reducer = ToMe() if "r" in config.options else tome_like_etps(model, config.keep, config.at)
     else:
         reducer = staged(name, config.keep, config.at)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
@@ -176,8 +171,3 @@ def _require_trained_head(config: ModelConfig, model: nn.Module, classes: int) -
         "classes is untrained; train it first (reducer.method=identity) and give that as model.checkpoint, or give a teacher, or "
         "set both weights to 0"
     )
-
-
-def _tome_like_etps(config: ReducerConfig, model: nn.Module) -> Reducer:
-    share = macs(reduce_(model, staged("etps", config.keep, config.at))) / macs(restore_(model))
-    return plan_macs(model, "tome", share)
