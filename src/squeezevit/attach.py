@@ -3,9 +3,11 @@ stage between or before them. Nothing is wrapped and nothing is copied, so keys,
 """
 
 import logging
+import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,7 +17,17 @@ from squeezevit import families, ops
 from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.modes import evaluation_mode
 from squeezevit.predictor import ScoreHeads
-from squeezevit.reducer import Attention, Carry, Reducer, Reduction, Stage, Staged, nothing_pruned, outgoing_carry
+from squeezevit.reducer import (
+    Attention,
+    Carry,
+    Reducer,
+    Reduction,
+    Stage,
+    Staged,
+    nothing_pruned,
+    outgoing_carry,
+    outgoing_positions,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,6 +42,9 @@ class State:
     class_token: bool
     heads: ScoreHeads | None
     stages: tuple[int, ...]
+    positional: bool  # whether blocks are told the place of every token, as with rotary embeddings
+    grid: bool  # whether the model puts out the full grid again
+    averaging: bool = False  # whether the caller of the tower that runs now takes the plain mean of its patch tokens
     trace: Any = None
     slots: list[Carry | None] = field(default_factory=list)  # one for each stage
     thread: int = 0  # in which the running forward began, where known
@@ -45,17 +60,21 @@ class State:
         """The mode that counts: that of learned heads, so that a model with some blocks frozen in evaluation still trains."""
         return module.training if self.heads is None else self.heads.training
 
-    def final_weights(self, training: bool) -> Tensor | None:
+    def follows(self, training: bool) -> bool:
+        """Whether blocks behind a stage must know what the stage did."""
+        return self.positional or self.reducer.follows(training)
+
+    def final_weights(self, training: bool, last: bool = True) -> Tensor | None:
         """How much each token that left the last block counts in pooling, [B, T]: its mass, or in masked training its policy.
 
-        None where every token counts the same.
+        None where every token counts the same. last: nobody will ask for them again.
         """
         if not self.reducer.follows(training):
             return None
         carry = self.slots[-1] if self.slots else None
         if carry is not None and not torch.compiler.is_compiling():
             self.require_own_thread("the model's pooling")
-        if _done_with_slots(training):
+        if last and _done_with_slots(training):
             self.clear()
         return None if carry is None else carry.mass if carry.policy is None else carry.policy
 
@@ -67,7 +86,7 @@ class State:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "slots": [None] * len(self.stages), "trace": None}
+        return {**vars(self), "slots": [None] * len(self.stages), "trace": None, "averaging": False}
 
 
 @dataclass(eq=False)
@@ -80,17 +99,18 @@ class Site:
     before: int
     last: bool  # no later block reads the slots
     pooled: bool  # but pooling may
+    per_token: tuple[str, ...]  # arguments of the block that have a row for each patch token
     seen: int = 0  # address of the block's input in the last forward; see `_check_owner`
 
     def carry_in(self, x: Tensor, training: bool) -> Carry:
-        reducer = self.state.reducer
-        needed = reducer.follows(training) or (reducer.carries and self.stage is not None)
+        state = self.state
+        needed = state.follows(training) or (state.reducer.carries and self.stage is not None)
         if not needed or not self.before:
-            return Carry(n0=_length(x) - self.state.prefix)
-        carry = self.state.slots[self.before - 1]
+            return Carry(n0=_length(x) - state.prefix)
+        carry = state.slots[self.before - 1]
         if carry is None:
             raise UnsupportedError(
-                f"block {self.block} ran without the blocks before it, but {self.state.reducer} needs what they left behind; call "
+                f"block {self.block} ran without the blocks before it, but {state.reducer} needs what they left behind; call "
                 "the whole model, or sv.restore_ it first"
             )
         if not torch.compiler.is_compiling():
@@ -103,7 +123,7 @@ class Site:
         if not _in_backward():
             self.seen = _address(x)
             state.require_own_thread(f"block {self.block}")
-        elif carry.bias is not None and _address(x) not in (self.seen, state.recomputed):
+        elif (carry.bias is not None or carry.positions is not None) and _address(x) not in (self.seen, state.recomputed):
             raise UnsupportedError(
                 f"block {self.block} is recomputed in backward after another forward of the same model replaced what its stages "
                 f"left; with {state.reducer} and activation checkpointing call backward after each forward, or switch it off"
@@ -119,7 +139,9 @@ class Site:
         trainable = heads is not None and any(p.requires_grad for p in heads.parameters())
         return trainable and torch.is_grad_enabled() and x.requires_grad
 
-    def reduce(self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry) -> tuple[Reduction, Carry]:
+    def reduce(
+        self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry, per_token: dict[str, Any]
+    ) -> tuple[Reduction, Carry]:
         """Run this block's stage on `tokens`; x is what came into the block and what evidence is computed from.
 
         The carry that is returned is for this block's own attention.
@@ -130,14 +152,19 @@ class Site:
         if k < n:
             head = None if state.heads is None else state.heads[stage]
             cut = type(block).squeezevit_cut  # type: ignore[attr-defined]
-            attend = partial(cut.attention, block, x)
+            attend = partial(cut.attention, block, x, **per_token)
             s = Stage(tokens, state.prefix, k, stage, state.class_token, carry, attend, head, state.training(block))
             reduction = state.reducer.reduce(s)
             carry = outgoing_carry(state.reducer, carry, reduction)
         else:
             reduction = nothing_pruned(tokens, n)
-        if state.reducer.carries:
-            state.slots[stage] = carry if reduction.leaving is None else Carry(carry.n0)
+        behind = carry._replace(positions=outgoing_positions(carry, reduction)) if state.positional else carry
+        if reduction.leaving is None:
+            carry = behind
+        else:  # only behind this block's attention
+            behind = Carry(carry.n0, positions=behind.positions)
+        if state.reducer.carries or state.positional:
+            state.slots[stage] = behind
             if stage == 0 and (torch.compiler.is_compiling() or not _in_backward()):
                 state.thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         if state.trace is not None:
@@ -194,18 +221,19 @@ class ReducedBlock(_Subclass):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site, cut = self.squeezevit_site, self.squeezevit_cut
         training = site.state.training(self)
-        _refuse_masks(self, args, kwargs)
+        per_token = _per_token(self, args, kwargs)
         place = None if site.stage is None else site.state.reducer.place
         carry = site.carry_in(x, training)
         leaving = None
         if place == "before":
-            reduction, carry = site.reduce(self, x, x, carry)
+            reduction, carry = site.reduce(self, x, x, carry, _at_places(per_token, carry))
             x, leaving = reduction.tokens, reduction.leaving
-        y = cut.attn_half(self, x, _as_bias(carry, x))
+        here = _at_places(per_token, carry)
+        y = cut.attn_half(self, x, _as_bias(carry, x), **here)
         if leaving is not None:
             y = ops.take(y, leaving)
         if place == "between":
-            y = site.reduce(self, x, y, carry)[0].tokens
+            y = site.reduce(self, x, y, carry, here)[0].tokens
         y = cut.mlp_half(self, y)
         site.leave(y, training)
         return y
@@ -221,14 +249,29 @@ def _as_bias(carry: Carry, x: Tensor) -> Tensor | None:
     return None if carry.bias is None else carry.bias.to(x.dtype)
 
 
-def _refuse_masks(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = [*args, *kwargs.values()]
-    if any(value is not None and value is not False for value in given):
+def _per_token(block: ReducedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of what a block was called with beside its tokens, what has a row per patch token. Flags are left to the host's hooks."""
+    site, cut = block.squeezevit_site, block.squeezevit_cut
+    given = {**dict(zip(cut.parameters, args, strict=False)), **kwargs}
+    masks = [n for n, v in given.items() if n not in site.per_token and (_has_rows(v) or (n == "is_causal" and v))]
+    if masks:
         raise UnsupportedError(
-            f"block {block.squeezevit_site.block}, {block.squeezevit_base.__qualname__}, was called with a mask "
-            f"({', '.join(kwargs) or 'positional'}); masks of the full grid do not fit reduced tokens: call the model "
-            "without, or sv.restore_ it first"
+            f"block {site.block}, {block.squeezevit_base.__qualname__}, was called with a mask ({', '.join(masks)}); masks of the "
+            "full grid do not fit reduced tokens: call the model without, or sv.restore_ it first"
         )
+    return {name: given[name] for name in site.per_token if given.get(name) is not None}
+
+
+def _has_rows(value: Any) -> bool:
+    return any(map(_has_rows, value)) if isinstance(value, tuple | list) else isinstance(value, Tensor) and value.dim() > 0
+
+
+def _at_places(per_token: dict[str, Any], carry: Carry) -> dict[str, Any]:
+    """The rows of the tokens that are left: [N, D] -> [B, 1, n, D], and so for every member of a tuple."""
+    if carry.positions is None or not per_token:
+        return per_token
+    take = partial(ops.at_positions, positions=carry.positions)
+    return {name: tuple(map(take, value)) if isinstance(value, tuple) else take(value) for name, value in per_token.items()}
 
 
 @cache
@@ -237,7 +280,19 @@ def _subclass(base: Any, mixin: Any) -> Any:
     body = {"squeezevit_base": base, "squeezevit_mixin": mixin, "__module__": base.__module__, "__doc__": base.__doc__}
     if issubclass(mixin, ReducedBlock):
         body["squeezevit_cut"] = families.cut(base)
+    elif "forward" in vars(mixin):
+        body["forward"] = _with_signature(mixin.forward, base.forward)
     return type(base.__name__, (mixin, _Subclass, base), body)
+
+
+def _with_signature(own: Callable[..., Any], of: Callable[..., Any]) -> Callable[..., Any]:
+    """A mixin's forward that looks like the host's, which libraries inspect for the names of inputs."""
+
+    @wraps(of)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    return forward
 
 
 def _rebuild(base: Any, mixin: Any) -> Any:
@@ -248,14 +303,17 @@ def _rebuild(base: Any, mixin: Any) -> Any:
 
 def state_of(model: nn.Module) -> State:
     """The state of a reduced model. Raises ConfigError where the model is not reduced."""
-    state = vars(model).get("squeezevit_state")
+    state = next((vars(m)["squeezevit_state"] for m in model.modules() if "squeezevit_state" in vars(m)), None)
     if state is None:
         raise ConfigError(f"this {type(model).__name__} is not reduced; call sv.reduce_(model, sv.ETPS()) first")
     return state
 
 
-def reduce_(model: Model, reducer: Reducer) -> Model:
+def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
     """Put a reducer into a model, in place, and return the model; a second call replaces the first.
+
+    grid: the model's tokens (in Hugging Face's models `last_hidden_state` and `hidden_states`) have the full length again, each
+    patch holding the token it ended in, for callers that lay them out as an image or count them, as vision-language models do.
 
     Keys of the state dict stay as they are; a learned reducer adds `token_reducer.*`, and keeps heads that already fit. Each
     block that is touched is first proved: its halves, run on random tokens, must equal the whole. Raises UnsupportedError,
@@ -268,22 +326,28 @@ def reduce_(model: Model, reducer: Reducer) -> Model:
         raise ConfigError(f"a {type(reducer).__name__} is not a reducer; give the model first, then one as sv.ETPS(keep=0.7)")
     families.load_families()
     host = families.host(model)
-    stages = reducer.stages(len(host.blocks))
+    depth = len(host.blocks)
+    stages = reducer.stages(depth)
     _refuse(model, host, reducer)
-    touched = _touched(reducer, stages, len(host.blocks))
-    for i in range(touched[0] if touched else len(host.blocks), len(host.blocks)):  # later blocks see fewer tokens, too
-        prove(host.blocks[i], i, host.dim, reducer.scored and i in stages)
+    if grid and not host.grids:
+        raise UnsupportedError(f"{type(model).__name__} puts no full grid out (grid=True); use sv.trace and its scatter_back")
+    for i in range(stages[0] if stages else depth, depth):  # later blocks see fewer tokens, too
+        prove(host.blocks[i], i, host.prefix, host.dim, reducer.scored and i in stages)
+    per_token = [families.per_token(block, host.dim) for block in host.blocks]
+    touched = _touched(reducer, stages, depth, any(per_token))
     heads = _heads(model, host, reducer, len(stages))
     restore_(model)
-    state = State(reducer, host.prefix, host.class_token, heads, stages)
+    state = State(reducer, host.prefix, host.class_token, heads, stages, any(per_token), grid)
     for i in touched:
         block = host.blocks[i]
         stage = stages.index(i) if i in stages else None
         block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
         before = sum(s < i for s in stages)
-        block.squeezevit_site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.mixin is not None)  # type: ignore[assignment]
-    if host.mixin is not None:
-        model.__class__ = _subclass(cast(Any, type(model)), host.mixin)
+        site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.pooled, per_token=per_token[i])
+        block.squeezevit_site = site  # type: ignore[assignment]
+    for module, mixin in host.mixins:
+        module.__class__ = _subclass(cast(Any, type(module)), mixin)
+        module.squeezevit_state = state  # type: ignore[assignment]
     model.squeezevit_state = state  # type: ignore[assignment]
     if heads is not None:
         model.token_reducer = heads
@@ -333,11 +397,11 @@ def _refuse(model: nn.Module, host: families.Host, reducer: Reducer) -> None:
         )
 
 
-def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int) -> list[int]:
-    """Blocks whose class changes: the stages, and those after the first one if their attention ever gets a bias."""
+def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int, positional: bool) -> list[int]:
+    """Blocks whose class changes: the stages, and those after the first one if they are ever told of it."""
     if not stages:
         return []
-    return list(range(stages[0], depth)) if reducer.weighs or reducer.masks else list(stages)
+    return list(range(stages[0], depth)) if reducer.weighs or reducer.masks or positional else list(stages)
 
 
 def _heads(model: nn.Module, host: families.Host, reducer: Reducer, stages: int) -> ScoreHeads | None:
@@ -355,10 +419,10 @@ def _heads(model: nn.Module, host: families.Host, reducer: Reducer, stages: int)
 
 
 @torch.no_grad()
-def prove(block: nn.Module, index: int, dim: int, scored: bool) -> None:
+def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
     """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be.
 
-    The bias is proved by what it is used for: hiding the last token from attention must equal leaving it out.
+    The bias is proved by what it is used for: a token with log(2) must count as much as the same token twice.
     """
     base = vars(type(block)).get("squeezevit_base", type(block))
     cut = families.cut(base)
@@ -379,25 +443,34 @@ def prove(block: nn.Module, index: int, dim: int, scored: bool) -> None:
         return
     generator = torch.Generator().manual_seed(index)
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    x = torch.randn(2, 6, dim, generator=generator, device="cpu").to(parameter.device, dtype)
+    x = torch.randn(2, prefix + 6, dim, generator=generator, device="cpu").to(parameter.device, dtype)
+    arguments = cut.arguments(block, x[0, prefix:])
+    per_token = {name: value for name, value in arguments.items() if _has_rows(value)}
     with evaluation_mode(block), ops.no_autocast(x):
-        whole = base.forward(block, x)
-        halves = cut.mlp_half(block, cut.attn_half(block, x))
+        whole = base.forward(block, x, **arguments)
+        halves = cut.mlp_half(block, cut.attn_half(block, x, **per_token))
         _require_close(base, index, whole, halves, "its two halves do not add up to its forward")
-        x[:, -1] = x[:, 0]  # so that what quantises by the largest value sees the same one with the last token and without
-        bias = x.new_zeros(2, 1, 1, 6)
-        bias[..., -1] = -1e4
-        hidden = cut.attn_half(block, x, bias)[:, :-1]
-        _require_close(base, index, cut.attn_half(block, x[:, :-1]), hidden, "its attention does not take an additive bias")
         if scored:
-            _prove_attention(base, index, cut.attention(block, x))
+            _prove_attention(base, index, cut.attention(block, x, **per_token))
+        x[:, -1] = x[:, -2]
+        twice = {name: _rows(value, (0, 1, 2, 3, 4, 4)) for name, value in per_token.items()}
+        once = {name: _rows(value, (0, 1, 2, 3, 4)) for name, value in per_token.items()}
+        bias = x.new_zeros(2, 1, 1, prefix + 5)
+        bias[..., -1] = math.log(2)
+        counted = cut.attn_half(block, x[:, :-1], bias, **once)
+        expected = cut.attn_half(block, x, **twice)[:, :-1]
+        _require_close(base, index, expected, counted, "its attention does not take an additive bias")
+
+
+def _rows(value: Any, rows: tuple[int, ...]) -> Any:
+    return tuple(_rows(v, rows) for v in value) if isinstance(value, tuple) else value[..., rows, :]
 
 
 def _prove_attention(base: type, index: int, a: Attention) -> None:
     if a.key_weight is not None:
-        query = a.query(a.x[:, :1])[:, :, 0]
+        query = a.query(1)[:, :, 0]
         folded = ops.class_attention_folded(query, a.key_weight, a.x)
-        unfolded = ops.class_attention(query, a.key(a.x))
+        unfolded = ops.class_attention(query, a.key())
         complaint = "its keys are not the plain linear map it states"
         _require_close(base, index, unfolded.to(a.x.dtype), folded.to(a.x.dtype), complaint)
 

@@ -71,15 +71,19 @@ def reduce_with_weights_(model: Model, reducer: Reducer, weights: Mapping[str, T
     return model
 
 
-def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Write a model's weights, learned heads included, as safetensors, with its reducer's text in the metadata."""
+def save_checkpoint(model: nn.Module, path: str | PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write a model's weights, learned heads included, as safetensors, with its reducer's text in the metadata.
+
+    weights: what to write in place of its own state dict, as where those are shared out over several processes.
+    """
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise _no_safetensors(fspath(path)) from error
     state = vars(model).get("squeezevit_state")
     metadata = {"format": "pt", "squeezevit.reducer": "" if state is None else repr(state.reducer)}
-    save_file({k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}, path, metadata)
+    weights = model.state_dict() if weights is None else weights
+    save_file({k: v.detach().contiguous().clone() for k, v in weights.items()}, path, metadata)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -292,6 +292,21 @@ def show(
     _write_json(json_file, {"reducer": repr(reducer), "rows": rows})
 
 
+@app.command()
+def families() -> None:
+    """What is supported: host libraries, the versions tested, their models, and what is refused and why."""
+    from squeezevit.families import families as listing
+
+    table = Table("library", "versions tested", "installed", "models", "refused", show_lines=True)
+    for f in listing():
+        installed = "no" if f.installed is None else f.installed if f.tested else f"{f.installed} (untested)"
+        models = ", ".join(f.models) + (f"\n[dim]{f.kept}[/]" if f.kept else "")
+        refused = "\n".join(f"{', '.join(names)}: {why}" for why, names in f.reasons.items())
+        table.add_row(f.library, f"{f.since} to below {f.before}", installed, models, refused)
+    console.print(table)
+    console.print("A model of your own: examples/new_family.py")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point: 0 where all went well, 2 with a one-screen message where the input was bad, 130 where interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")

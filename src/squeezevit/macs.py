@@ -54,6 +54,7 @@ def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) ->
     host = families.host(model)
     size = host.image_size if image_size is None else image_size
     height, width = _height_width(size)
+    name, model = type(model).__name__, model if host.tower is None else host.tower
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     image = torch.empty(1, host.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
@@ -63,11 +64,11 @@ def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) ->
         except (AssertionError, RuntimeError) as error:
             if any("quantized" in type(module).__module__ for module in model.modules()):
                 raise ConfigError(
-                    f"the multiply-adds of this {type(model).__name__} cannot be counted, as some of its layers are quantised; "
+                    f"the multiply-adds of this {name} cannot be counted, as some of its layers are quantised; "
                     "count before quantising: the number is the same"
                 ) from error
             raise ConfigError(
-                f"{type(model).__name__} does not run on images of {height} x {width} pixels ({error}); give the size "
+                f"{name} does not run on images of {height} x {width} pixels ({error}); give the size "
                 f"that it was built for, {host.image_size}, or build it for another that its patches tile"
             ) from error
 

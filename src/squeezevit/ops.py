@@ -87,6 +87,17 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(B * T, C).index_select(0, _flat(index, T)).view(B, index.shape[1], C)
 
 
+def at_positions(table: Tensor, positions: Tensor) -> Tensor:
+    """Rows of a per-patch table for the patches each image has left.
+
+    Shapes: [N, D], [H, N, D] or [B, H, N, D], and positions [B, n] -> [B, 1 or H, n, D].
+    """
+    if table.dim() == 4:
+        return table.gather(2, positions[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+    rows = table.index_select(-2, positions.flatten()).unflatten(-2, positions.shape)  # ([H,] B, n, D)
+    return rows[:, None] if rows.dim() == 3 else rows.transpose(0, 1)
+
+
 def _flat(index: Tensor, rows: int) -> Tensor:
     """Indices into the [B, rows] grid laid out as one line: [B, M] -> [B*M]."""
     first = torch.arange(index.shape[0], device=index.device) * rows

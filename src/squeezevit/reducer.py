@@ -22,13 +22,13 @@ EPS = 1e-9  # 0.55 * 100 is 55.00000000000001 in binary: counts are rounded as t
 
 
 class Attention(NamedTuple):
-    """What a family tells about one block's attention, for scoring; tokens [B, T, C] in, [B, H, T, d] out."""
+    """What a family tells about one block's attention, for scoring."""
 
     x: Tensor  # [B, T, C], what the projections are applied to
     heads: int  # H
-    query: Callable[[Tensor], Tensor]  # scaled, after any norm
-    key: Callable[[Tensor], Tensor]  # after any norm
-    key_weight: Tensor | None  # [H*d, C] where keys are this plain linear map of x, else None
+    query: Callable[[int | None], Tensor]  # of the first n tokens, None = of all: [B, H, n, d], scaled, after any norm and rotation
+    key: Callable[[], Tensor]  # [B, H, T, d], after any norm and rotation
+    key_weight: Tensor | None = None  # [H*d, C] where keys are this plain linear map of x, else None
     key_bias: Tensor | None = None  # [H*d], of that map
 
 
@@ -39,6 +39,7 @@ class Carry(NamedTuple):
     mass: Tensor | None = None  # [B, T] float32, patches each token stands for; prefix tokens have 1
     bias: Tensor | None = None  # [B, 1, 1, T] or [B, 1, T, T] float32, added to attention logits
     policy: Tensor | None = None  # [B, T], 1 for tokens kept so far, 0 for those masked out; with gradient (masked training)
+    positions: Tensor | None = None  # [B, N], the original patch whose place a token has, once they differ (rotary embeddings)
 
 
 class Reduction(NamedTuple):
@@ -54,6 +55,7 @@ class Reduction(NamedTuple):
     decision: Tensor | None = None  # [B, N], 1 = keep, with gradient, in training
     policy: Tensor | None = None  # [B, P + N], of a learned head in training: all tokens go on, attention sees those with 1
     leaving: Tensor | None = None  # [B, P + K], rows that stay when the others leave, behind this block's attention
+    extra: Tensor | None = None  # [B, E], for tokens that go out behind the kept ones: the incoming one whose place each takes
 
 
 def nothing_pruned(tokens: Tensor, n: int) -> Reduction:
@@ -84,7 +86,7 @@ class Stage:
         """Importance of the patch tokens, [B, N] float32: class attention, or attention received where no class token is."""
         if score == "received" or (score == "auto" and not self.class_token):
             a = self.attend()
-            row = ops.received_attention(a.query(a.x), a.key(a.x), self.carry.bias, self.carry.mass)
+            row = ops.received_attention(a.query(None), a.key(), self.carry.bias, self.carry.mass)
         else:
             row = self.class_attention()
         return row[:, self.prefix :]
@@ -92,16 +94,16 @@ class Stage:
     def class_attention(self) -> Tensor:
         """Attention of the class token over all tokens, mean over heads: [B, P + N] float32."""
         a = self.attend()
-        query = a.query(a.x[:, :1])[:, :, 0]  # (B, H, d)
+        query = a.query(1)[:, :, 0]  # (B, H, d)
         if a.key_weight is None:
-            return ops.class_attention(query, a.key(a.x), self.carry.bias)
+            return ops.class_attention(query, a.key(), self.carry.bias)
         return ops.class_attention_folded(query, a.key_weight, a.x, self.carry.bias)
 
     def keys(self) -> Tensor:
         """The block's attention keys of the patch tokens, mean over heads: [B, N, d]."""
         a = self.attend()
         if a.key_weight is None:
-            return a.key(a.x).mean(dim=1)[:, self.prefix :]
+            return a.key().mean(dim=1)[:, self.prefix :]
         weight = a.key_weight.unflatten(0, (a.heads, -1)).mean(dim=0)  # the mean of linear maps is one: 1/H of the cost
         bias = None if a.key_bias is None else a.key_bias.unflatten(0, (a.heads, -1)).mean(dim=0)
         return F.linear(a.x[:, self.prefix :], weight, bias)
@@ -246,11 +248,19 @@ def outgoing_carry(reducer: Reducer, carry: Carry, reduction: Reduction) -> Carr
     """What a stage leaves behind: masses as they are, their logarithm as the bias of later attention (Bolya et al. 2023), or
     the policy and its bias (Rao et al. 2021)."""
     if reduction.policy is not None:
-        return Carry(carry.n0, bias=ops.policy_bias(reduction.policy), policy=reduction.policy)
+        return carry._replace(bias=ops.policy_bias(reduction.policy), policy=reduction.policy)
     if reduction.mass is None or not reducer.weighs:
         return carry
     mass = reduction.mass.detach()
-    return Carry(carry.n0, mass, mass.log()[:, None, None])
+    return carry._replace(mass=mass, bias=mass.log()[:, None, None])
+
+
+def outgoing_positions(carry: Carry, reduction: Reduction) -> Tensor | None:
+    """Whose places the tokens have that a stage leaves: [B, N] of original patches, None where none has left so far."""
+    if not reduction.pruned.shape[1]:
+        return carry.positions
+    index = reduction.kept if reduction.extra is None else torch.cat([reduction.kept, reduction.extra], dim=1)
+    return index if carry.positions is None else carry.positions.gather(1, index)
 
 
 def check_flag(reducer: Reducer, name: str) -> None:

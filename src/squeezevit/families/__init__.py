@@ -19,18 +19,28 @@ block where they differ. `host` tells the same about a whole model.
 """
 
 import importlib
+import inspect
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor, nn
 
 from squeezevit.errors import UnsupportedError
+from squeezevit.families.table import Family, families, refusal, untested
 from squeezevit.reducer import Attention
 
-_FAMILIES = ("timm",)  # a module of this package for each host library of the same name
+__all__ = ["Cut", "Family", "Host", "arguments", "attention", "attn_half", "convert", "cut", "families", "host", "mlp_half"]
+_FAMILIES = {  # host module: the module of this package that is imported once the host's is
+    "timm": "timm",
+    "transformers.modeling_utils": "transformers",
+    "torchvision.models.vision_transformer": "torchvision",
+    "open_clip.transformer": "open_clip",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,10 @@ class Host:
     dim: int  # C
     channels: int  # of the input image
     image_size: tuple[int, int]  # height and width the model is set up for
-    mixin: type | None = None  # put in front of a reduced model's class, for what it does with patch tokens after the blocks
+    mixins: tuple[tuple[nn.Module, type], ...] = ()  # put in front of modules' classes, for what they do with tokens afterwards
+    pooled: bool = False  # whether a mixin asks for the tokens' weights, which the last block then leaves for it
+    tower: nn.Module | None = None  # the part that takes images alone, where the model itself takes more
+    grids: bool = False  # whether the mixins can put the full grid out again
     refuse_mass: str = ""  # why masses cannot be respected, if they cannot
 
 
@@ -55,8 +68,11 @@ def _unsupported(block: nn.Module, what: str) -> NoReturn:
 
 
 @singledispatch
-def attn_half(block: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention with its residual: [B, T, C] -> [B, T, C]; `bias` is added to the attention logits."""
+def attn_half(block: nn.Module, x: Tensor, bias: Tensor | None = None, **per_token: Any) -> Tensor:
+    """Attention with its residual: [B, T, C] -> [B, T, C]; `bias` is added to the attention logits.
+
+    per_token: those of `arguments` that have a row per patch token, for the tokens that are there: [B, 1, N, D].
+    """
     _unsupported(block, "no attn_half")
 
 
@@ -67,18 +83,31 @@ def mlp_half(block: nn.Module, x: Tensor) -> Tensor:
 
 
 @singledispatch
-def attention(block: nn.Module, x: Tensor) -> Attention:
+def attention(block: nn.Module, x: Tensor, **per_token: Any) -> Attention:
     """What scoring needs to know of the block's attention when x [B, T, C] comes into the block."""
     _unsupported(block, "no attention, which this reducer scores by")
 
 
 @singledispatch
+def arguments(block: nn.Module, patches: Tensor) -> dict[str, Any]:
+    """What a block must be called with beside its tokens, for a trial with N patch tokens [N, C] of the wanted device and dtype.
+
+    Tensors among them (or tuples of tensors) have a row per patch token, [N, D], as rotary embeddings; the rows of tokens that
+    leave are taken out wherever the block is called.
+    """
+    return {}
+
+
+@singledispatch
 def host(model: nn.Module) -> Host:
     """Blocks and token layout of a model. Raises UnsupportedError where it cannot be reduced correctly."""
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    reason = refusal(model)
+    if reason:
+        raise UnsupportedError(f"{name} cannot be reduced ({reason})")
     raise UnsupportedError(
-        f"{type(model).__module__}.{type(model).__qualname__} is not a model that SqueezeViT knows; supported today: timm's "
-        "VisionTransformer and its subclasses with plain blocks. For a model of your own register squeezevit.families.host for "
-        "its class"
+        f"{name} is not a model that SqueezeViT knows; `squeezevit families` lists those it does, and for a model of your own "
+        "register squeezevit.families.host for its class (examples/new_family.py)"
     )
 
 
@@ -95,10 +124,20 @@ class Cut:
     attn_half: Callable[..., Tensor]
     mlp_half: Callable[..., Tensor]
     attention: Callable[..., Attention]
+    arguments: Callable[..., dict[str, Any]]
+    parameters: tuple[str, ...]  # of the block's forward, behind its tokens
 
 
 def cut(block_class: type) -> Cut:
-    return Cut(attn_half.dispatch(block_class), mlp_half.dispatch(block_class), attention.dispatch(block_class))
+    parameters = tuple(inspect.signature(cast(Any, block_class).forward).parameters)[2:]
+    halves = attn_half.dispatch(block_class), mlp_half.dispatch(block_class)
+    return Cut(*halves, attention.dispatch(block_class), arguments.dispatch(block_class), parameters)
+
+
+def per_token(block: nn.Module, dim: int) -> tuple[str, ...]:
+    """Names of the arguments of a block that have a row per patch token."""
+    trial = arguments(block, torch.empty(2, dim))
+    return tuple(name for name, value in trial.items() if isinstance(value, Tensor | tuple))
 
 
 def knows(block_class: type) -> bool:
@@ -106,8 +145,19 @@ def knows(block_class: type) -> bool:
     return all(half.dispatch(block_class) is not half.dispatch(object) for half in (attn_half, mlp_half))
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether the module is exactly x W^T + b with an ordinary weight that may be sliced."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not hooked
+
+
 def load_families() -> None:
     """Import the family of every host library that is already imported, and none other."""
-    for name in _FAMILIES:
-        if name in sys.modules:
-            importlib.import_module(f"{__name__}.{name}")
+    for host_module, family in _FAMILIES.items():
+        if host_module not in sys.modules:
+            continue
+        name = f"{__name__}.{family}"
+        if name not in sys.modules and (warning := untested(family)):
+            warnings.warn(warning, stacklevel=3)
+        module = importlib.import_module(name)
+        getattr(module, "load", lambda: None)()

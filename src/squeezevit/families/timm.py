@@ -1,16 +1,18 @@
-"""timm's VisionTransformer: ViT, DeiT (distilled too), DeiT-III, DINOv2, CLIP, SigLIP, MAE and all others with plain blocks."""
+"""timm's VisionTransformer and Eva: ViT, DeiT, DINOv2, CLIP, SigLIP, MAE, EVA, DINOv3, PE and all others of plain blocks."""
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, checkpoint_filter_fn
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models import eva, vision_transformer
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from squeezevit.errors import CheckpointError, UnsupportedError
-from squeezevit.families import Host, attention, attn_half, convert, host, mlp_half
+from squeezevit.families import Host, arguments, attention, attn_half, convert, host, is_plain, mlp_half
 from squeezevit.reducer import Attention
 
 
@@ -44,36 +46,95 @@ def _(block: ResPostBlock, x: Tensor) -> Attention:
     return _attention(block.attn, x)
 
 
-def _attention(attn: nn.Module, x: Tensor) -> Attention:
-    if not isinstance(attn, TimmAttention) or type(attn).forward is not TimmAttention.forward:
+@attn_half.register
+def _(block: EvaBlock, x: Tensor, bias: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
+    y = block.attn(block.norm1(x), rope=rope, attn_mask=bias)
+    return x + block.drop_path1(y if block.gamma_1 is None else block.gamma_1 * y)
+
+
+@mlp_half.register
+def _(block: EvaBlock, x: Tensor) -> Tensor:
+    y = block.mlp(block.norm2(x))
+    return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
+
+
+@attention.register
+def _(block: EvaBlock, x: Tensor, rope: Tensor | None = None) -> Attention:
+    return _attention(block.attn, block.norm1(x), rope)
+
+
+@attn_half.register
+def _(block: EvaBlockPostNorm, x: Tensor, bias: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
+    return x + block.drop_path1(block.norm1(block.attn(x, rope=rope, attn_mask=bias)))
+
+
+@mlp_half.register
+def _(block: EvaBlockPostNorm, x: Tensor) -> Tensor:
+    return x + block.drop_path2(block.norm2(block.mlp(x)))
+
+
+@attention.register
+def _(block: EvaBlockPostNorm, x: Tensor, rope: Tensor | None = None) -> Attention:
+    return _attention(block.attn, x, rope)
+
+
+@arguments.register(EvaBlock)
+@arguments.register(EvaBlockPostNorm)
+def _(block: Any, patches: Tensor) -> dict[str, Any]:
+    return {"rope": patches[:, :1].expand(-1, 2 * block.attn.head_dim).cumsum(dim=1).sin()}
+
+
+def _attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Attention:
+    known = next((c for c in (TimmAttention, AttentionRope, EvaAttention) if type(attn).forward is c.forward), None)
+    if known is None:
         raise UnsupportedError(
             f"attention of class {type(attn).__module__}.{type(attn).__qualname__} has no plain rows to score by; choose a "
             "reducer with another score (DTPS, Random), or register squeezevit.families.attention for its block"
         )
-    query = partial(_project, attn, 0)
-    key = partial(_project, attn, 1)
-    plain = _is_plain(attn.qkv) and isinstance(attn.k_norm, nn.Identity)
-    rows = slice(attn.attn_dim, 2 * attn.attn_dim)
-    weight = attn.qkv.weight[rows] if plain else None
-    bias = attn.qkv.bias[rows] if plain and attn.qkv.bias is not None else None
-    return Attention(x, attn.num_heads, query, key, weight, bias)
+    weight, bias = _weights(attn, 1) if rope is None and isinstance(attn.k_norm, nn.Identity) else (None, None)
+    if weight is not None and weight.shape[0] != attn.num_heads * attn.head_dim:  # heads that share their keys
+        weight = bias = None
+    return Attention(
+        x, attn.num_heads, lambda n: _project(attn, 0, x[:, :n], rope), lambda: _project(attn, 1, x, rope), weight, bias
+    )
 
 
-def _project(attn: TimmAttention, which: int, x: Tensor) -> Tensor:
+def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
     """Scaled queries (which = 0) or keys (which = 1): [B, T, C] -> [B, H, T, d]."""
-    if _is_plain(attn.qkv):
-        rows = slice(which * attn.attn_dim, (which + 1) * attn.attn_dim)
-        y = F.linear(x, attn.qkv.weight[rows], None if attn.qkv.bias is None else attn.qkv.bias[rows])
-    else:  # an adapter, a quantised leaf, a sharded weight: only the module itself knows
+    weight, bias = _weights(attn, which)
+    if weight is not None:
+        y = F.linear(x, weight, bias)
+    elif attn.qkv is not None:  # an adapter, a quantised leaf, a sharded weight: only the module itself knows
         y = attn.qkv(x).chunk(3, dim=-1)[which]
-    y = y.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
-    return attn.k_norm(y) if which else attn.q_norm(y) * attn.scale
+        own = _own_bias(attn, which)
+        y = y if own is None else y + own
+    else:
+        y = (attn.q_proj, attn.k_proj)[which](x)
+    y = y.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+    y = (attn.q_norm, attn.k_norm)[which](y)
+    prefix = 0 if rope is None else attn.num_prefix_tokens
+    if rope is not None and y.shape[2] > prefix:
+        rotated = apply_rot_embed_cat(y[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
+        y = torch.cat([y[:, :, :prefix], rotated], dim=2)
+    return y.repeat_interleave(attn.num_heads // y.shape[1], dim=1) if which else y * attn.scale
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether the module is exactly x W^T + b with an ordinary weight that may be sliced."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not hooked
+def _weights(attn: Any, which: int) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of the query (0) or key (1) projection, where it is a plain linear map that may be sliced."""
+    if attn.qkv is None:
+        linear = (attn.q_proj, attn.k_proj)[which]
+        return (linear.weight, linear.bias) if is_plain(linear) else (None, None)
+    own = _own_bias(attn, which)
+    if not (is_plain(attn.qkv) or (own is not None and not attn.qkv_bias_separate)):  # then the host slices, too
+        return None, None
+    size = attn.num_heads * attn.head_dim
+    rows = slice(which * size, (which + 1) * size)
+    return attn.qkv.weight[rows], own if own is not None or attn.qkv.bias is None else attn.qkv.bias[rows]
+
+
+def _own_bias(attn: Any, which: int) -> Tensor | None:
+    """EVA keeps the biases of its fused projection apart."""
+    return None if getattr(attn, "q_bias", None) is None else (attn.q_bias, attn.k_bias)[which]
 
 
 class ReducedVisionTransformer:
@@ -113,12 +174,15 @@ class ReducedVisionTransformer:
         pool_type = self.global_pool if pool_type is None else pool_type  # type: ignore[attr-defined]
         return self.attn_pool is not None or pool_type in ("avg", "avgmax")  # type: ignore[attr-defined]
 
+    def _first_pooled(self) -> int:
+        return 0 if self.pool_include_prefix else self.num_prefix_tokens  # type: ignore[attr-defined]
+
     def _pool(self, x: Tensor, pool_type: str | None, weights: Tensor | None) -> Tensor:
         pool = super().pool  # type: ignore[misc]
         pool_type = self.global_pool if pool_type is None else pool_type  # type: ignore[attr-defined]
         if weights is None:
             return pool(x, pool_type)
-        first = 0 if self.pool_include_prefix else self.num_prefix_tokens  # type: ignore[attr-defined]
+        first = self._first_pooled()
         if self.attn_pool is not None:  # type: ignore[attr-defined]
             bias = (weights[:, None, None, first:] + 1e-6).log().to(x.dtype)  # masked tokens weigh 0
             return self.attn_pool(x[:, first:], attn_mask=bias)  # type: ignore[attr-defined]
@@ -134,28 +198,47 @@ class ReducedVisionTransformer:
         return pool((x * share[..., None]).to(x.dtype), pool_type)
 
 
+class ReducedEva(ReducedVisionTransformer):
+    """The same for Eva, whose attention pooling sees the prefix tokens, too."""
+
+    def _first_pooled(self) -> int:
+        return 0 if self.attn_pool is not None else self.num_prefix_tokens  # type: ignore[attr-defined]
+
+
 @host.register
 def _(model: VisionTransformer) -> Host:
+    has_class_token = bool(getattr(model, "has_class_token", model.cls_token is not None))
+    return _host(model, ReducedVisionTransformer, has_class_token)
+
+
+@host.register
+def _(model: Eva) -> Host:
+    return _host(model, ReducedEva, model.cls_token is not None)
+
+
+def _host(model: VisionTransformer | Eva, mixin: type, class_token: bool) -> Host:
     size = getattr(model.patch_embed, "img_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
-    proj = getattr(model.patch_embed, "proj", None)
     return Host(
         blocks=tuple(model.blocks),
         prefix=model.num_prefix_tokens,
-        class_token=bool(getattr(model, "has_class_token", model.cls_token is not None)),
+        class_token=class_token,
         dim=model.embed_dim,
-        channels=getattr(proj, "in_channels", 3),
+        channels=getattr(getattr(model.patch_embed, "proj", None), "in_channels", 3),
         image_size=(int(height), int(width)),
-        mixin=ReducedVisionTransformer,
+        mixins=((model, mixin),),
+        pooled=True,
         refuse_mass="its 'prr' pooling attends without a mask" if model.global_pool == "prr" else "",
     )
 
 
-@convert.register
-def _(model: VisionTransformer, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+@convert.register(VisionTransformer)
+@convert.register(Eva)
+def _(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    converter = eva.checkpoint_filter_fn if isinstance(model, Eva) else vision_transformer.checkpoint_filter_fn
     try:
         with torch.no_grad():
-            return checkpoint_filter_fn(state_dict, model)
+            return converter(state_dict, model)
     except Exception as error:  # the converter knows other libraries' files by a key or two and fails in its own ways
         raise CheckpointError(
             f"timm cannot fit the checkpoint to this {type(model).__name__} ({error}); build the model it was saved from"

@@ -13,7 +13,8 @@ class EViT(Staged):
     """Between attention and MLP, tokens with little class attention become one token, their sum weighted by that attention.
 
     The extra token goes out last and is an ordinary one at the next stage: it counts in K = ceil(keep * tokens) and may itself be
-    pruned. Only patch columns are scored (the released code also prunes distillation tokens).
+    pruned. Only patch columns are scored (the released code also prunes distillation tokens). In models with rotary embeddings it
+    stands at the place of the pruned token with the most attention.
     normalize: divide the sum by the sum of its weights, so that the extra token has a token's scale. The paper (eq. 5) and its
     code do not, and fine-tuning absorbs it; without training it costs accuracy.
     score: as for ETPS; the paper knows class tokens only.
@@ -37,4 +38,5 @@ class EViT(Staged):
         with ops.no_autocast(gone):
             extra = (weights[:, None] @ gone.float()).to(gone.dtype)  # (B, 1, C)
         hosts = torch.full_like(pruned, s.k)
-        return Reduction(torch.cat([s.keep(kept), extra], dim=1), kept, pruned, hosts, scores)
+        heaviest = pruned.gather(1, weights.argmax(dim=1, keepdim=True))
+        return Reduction(torch.cat([s.keep(kept), extra], dim=1), kept, pruned, hosts, scores, extra=heaviest)

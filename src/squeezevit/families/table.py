@@ -1,0 +1,153 @@
+"""What is supported, of which versions, and what is refused and why; needs no host library."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
+
+_WINDOWS = "it attends within windows of the grid, which reduced tokens do not fill"
+_RELATIVE = (
+    "its relative-position bias has an entry for each pair of patches of the full grid, which is not gathered; a ViT with absolute "
+    "or rotary positions can be reduced"
+)
+_GRID = "it lays its tokens out as a grid; reduce its encoder and give it the grid of sv.trace and scatter_back"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A host library. Versions from `since` on and below `before` are tested; others may work, and warn."""
+
+    library: str  # as imported
+    distribution: str  # as installed
+    since: str
+    before: str
+    models: tuple[str, ...]  # classes
+    refused: Mapping[str, str] = field(default_factory=dict)  # class: why
+    kept: str = ""  # options of the models that are respected
+
+    @property
+    def installed(self) -> str | None:
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:
+            return None
+
+    @property
+    def reasons(self) -> dict[str, list[str]]:
+        """Why classes are refused, and which."""
+        out: dict[str, list[str]] = {}
+        for name, why in self.refused.items():
+            out.setdefault(why, []).append(name)
+        return out
+
+    @property
+    def tested(self) -> bool:
+        """Whether the installed version is one that was tested."""
+        return self.installed is not None and _numbers(self.since) <= _numbers(self.installed) < _numbers(self.before)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """(1, 0, 31) of "1.0.31" and of "1.0.31.dev0"."""
+    return tuple(map(int, takewhile(str.isdigit, text.replace("+", ".").split("."))))
+
+
+TOWERS = {  # of Hugging Face: prefix tokens without registers
+    "ViTModel": 1,
+    "DeiTModel": 2,
+    "ViTMAEModel": 1,
+    "ViTMSNModel": 1,
+    "IJepaModel": 0,
+    "Dinov2Model": 1,
+    "Dinov2WithRegistersModel": 1,
+    "DINOv3ViTModel": 1,
+    "CLIPVisionModel": 1,
+    "SiglipVisionModel": 0,
+    "Siglip2VisionModel": 0,
+}
+TABLE = (
+    Family(
+        "timm",
+        "timm",
+        "1.0.20",
+        "1.1",
+        ("VisionTransformer", "VisionTransformerDistilled", "Eva"),
+        {
+            "Beit": _RELATIVE,
+            "VisionTransformerRelPos": _RELATIVE,
+            "VisionTransformerSAM": _WINDOWS,
+            "SwinTransformer": _WINDOWS,
+            "SwinTransformerV2": _WINDOWS,
+        },
+        "plain, residual-post-norm and post-norm blocks, LayerScale, q/k-norm, gated attention, registers, rotary embeddings "
+        "(axial, mixed, DINOv3's), SwiGLU, all poolings ('prr' without mass); parallel blocks are refused where a stage is",
+    ),
+    Family(
+        "transformers",
+        "transformers",
+        "5.18",
+        "5.24",
+        tuple(TOWERS),
+        {
+            "BeitModel": _RELATIVE,
+            "Data2VecVisionModel": _RELATIVE,
+            "SwinModel": _WINDOWS,
+            "ViTMAEForPreTraining": _GRID,
+            "ViTForMaskedImageModeling": _GRID,
+            "DeiTForMaskedImageModeling": _GRID,
+            "Dinov2Backbone": _GRID,
+            "Dinov2WithRegistersBackbone": _GRID,
+            "DINOv3ViTBackbone": _GRID,
+        },
+        "alone, under their own heads (classification, CLIPModel, SiglipModel) and inside vision-language models; sdpa and eager "
+        "attention; SigLIP 2 of variable size without padding",
+    ),
+    Family("torchvision", "torchvision", "0.21", "0.30", ("VisionTransformer",), {"SwinTransformer": _WINDOWS}),
+    Family(
+        "open_clip",
+        "open_clip_torch",
+        "3.3",
+        "3.4",
+        ("VisionTransformer", "TimmModel"),
+        {"ModifiedResNet": "it has no tokens"},
+        "alone and inside CLIP, CustomTextCLIP and CoCa; pooling by class token, average or attention",
+    ),
+)
+
+
+def families() -> tuple[Family, ...]:
+    """The host libraries that SqueezeViT knows, installed or not.
+
+    >>> [f.library for f in families()]
+    ['timm', 'transformers', 'torchvision', 'open_clip']
+    """
+    return TABLE
+
+
+def as_markdown() -> str:
+    """The listing as a table for the docs."""
+    lines = ["| library | versions tested | models | refused |", "|---|---|---|---|"]
+    for f in TABLE:
+        models = ", ".join(f"`{m}`" for m in f.models) + (f" ({f.kept})" if f.kept else "")
+        refused = "; ".join(f"{', '.join(f'`{n}`' for n in names)}: {why}" for why, names in f.reasons.items())
+        lines.append(f"| {f.library} | {f.since} to below {f.before} | {models} | {refused} |")
+    return "\n".join(lines) + "\n"
+
+
+def refusal(model: object) -> str | None:
+    """Why models of this class, or of one it derives from, are refused; None where nothing is known of them."""
+    for c in type(model).__mro__:
+        for family in TABLE:
+            if c.__name__ in family.refused and c.__module__.split(".")[0] == family.library:
+                return f"{c.__name__}: {family.refused[c.__name__]}"
+    return None
+
+
+def untested(library: str) -> str | None:
+    """A warning where the installed version is not one that was tested."""
+    family = next(f for f in TABLE if f.library == library)
+    if family.tested:
+        return None
+    return (
+        f"{library} {family.installed} is not among the versions that SqueezeViT was tested with, {family.since} to below "
+        f"{family.before}; blocks are proved when they are reduced all the same"
+    )

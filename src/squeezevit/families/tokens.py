@@ -1,0 +1,89 @@
+"""Mixins for what hosts do with their tokens after the blocks, shared by the families."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from squeezevit.trace import Trace
+
+
+def weighted(x: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
+    """Tokens whose plain mean over patches is the mean by weights; prefix tokens as they are: [B, T, C], [B, T]."""
+    if weights is None:
+        return x
+    patches = weights[:, prefix:]
+    share = F.pad(patches / patches.mean(dim=1, keepdim=True), (prefix, 0), value=1.0)
+    return (x * share[..., None]).to(x.dtype)
+
+
+def on_grid(x: Tensor, t: Trace, blocks: int) -> Tensor:
+    """Tokens that left the first `blocks` blocks, back at all their patches: [B, P + K, C] -> [B, P + N0, C].
+
+    A patch that was discarded holds zeros.
+    """
+    stage = sum(s.block < blocks for s in t.stages) - 1
+    if stage < 0:
+        return x
+    groups = t.groups_after(stage)[..., None]
+    patches = x[:, t.prefix :].gather(1, groups.clamp(min=0).expand(-1, -1, x.shape[-1])).masked_fill(groups < 0, 0)
+    return torch.cat([x[:, : t.prefix], patches], dim=1)
+
+
+class Tower:
+    """A module that returns normed tokens, or a Hugging Face output with `last_hidden_state`.
+
+    They are shown to traces, weighted for `Averaging`, and spread over the full grid where `reduce_` was asked for it.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.squeezevit_state  # type: ignore[attr-defined]
+        averaged, state.averaging = state.averaging, False
+        needs_trace = state.grid and state.stages and state.trace is None
+        with Trace(self) if needs_trace else nullcontext(state.trace) as t:  # type: ignore[arg-type]
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        tokens = out if isinstance(out, Tensor) else out[0]
+        if state.trace is not None:
+            state.trace.tokens = tokens[:, state.prefix :]
+        weights = state.final_weights(state.training(self))
+        if state.grid and state.stages:
+            return _all_on_grid(out, t)
+        return _with_tokens(out, weighted(tokens, weights, state.prefix)) if averaged else out
+
+
+def _all_on_grid(out: Any, t: Trace) -> Any:
+    """Tokens and hidden states: entry i of these left i blocks."""
+    if isinstance(out, Tensor):
+        return on_grid(out, t, 1 << 30)
+    states = getattr(out, "hidden_states", None)
+    if states is not None:
+        out.hidden_states = tuple(None if x is None else on_grid(x, t, i) for i, x in enumerate(states))
+    return _with_tokens(out, on_grid(out[0], t, 1 << 30))
+
+
+def _with_tokens(out: Any, tokens: Tensor) -> Any:
+    if isinstance(out, tuple):
+        return tokens, *out[1:]
+    out.last_hidden_state = tokens
+    return out
+
+
+class Averaging:
+    """A model that takes the plain mean of its tower's patch tokens."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.squeezevit_state.averaging = True  # type: ignore[attr-defined]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class WeightedPooling:
+    """An `nn.MultiheadAttention` that pools tokens by a learned query: a token counts by its weight."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
+        state = self.squeezevit_state  # type: ignore[attr-defined]
+        weights = state.final_weights(state.training(self), last=False)
+        if weights is not None:
+            kwargs["key_padding_mask"] = (weights[:, -key.shape[1] :] + 1e-6).log().to(key.dtype)  # masked tokens weigh 0
+        return super().forward(query, key, value, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,169 @@
+"""Vision towers of Hugging Face transformers 5: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and their kin, alone or inside a model."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from squeezevit.errors import UnsupportedError
+from squeezevit.families import Host, arguments, attention, attn_half, host, is_plain, knows, mlp_half
+from squeezevit.families.table import TOWERS, refusal
+from squeezevit.families.tokens import Averaging, Tower, WeightedPooling
+from squeezevit.reducer import Attention
+from squeezevit.reducers import to_dict
+
+
+class _Layout(NamedTuple):
+    """Names of a layer's children, in the order in which they run."""
+
+    norm1: str
+    attn: str
+    norm2: str
+    after_attn: tuple[str, ...] = ()
+    after_mlp: tuple[str, ...] = ()
+
+
+_VIT = _Layout("layernorm_before", "attention", "layernorm_after", ("dropout",), ("dropout",))
+_DINO = _Layout("norm1", "attention", "norm2", ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
+_CLIP = _Layout("layer_norm1", "self_attn", "layer_norm2")
+_LAYERS = {  # by package of transformers.models
+    "vit": ("ViTLayer", _VIT),
+    "deit": ("DeiTLayer", _VIT),
+    "vit_mae": ("ViTMAELayer", _VIT),
+    "vit_msn": ("ViTMSNLayer", _VIT),
+    "ijepa": ("IJepaLayer", _VIT),
+    "dinov2": ("Dinov2Layer", _DINO),
+    "dinov2_with_registers": ("Dinov2WithRegistersLayer", _DINO),
+    "dinov3_vit": ("DINOv3ViTLayer", _DINO),
+    "clip": ("CLIPEncoderLayer", _CLIP),
+    "siglip": ("SiglipEncoderLayer", _CLIP),
+    "siglip2": ("Siglip2EncoderLayer", _CLIP),
+}
+_AVERAGING = (
+    "Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification", "CLIPForImageClassification",
+    "SiglipForImageClassification", "Siglip2ForImageClassification", "IJepaForImageClassification",
+)  # fmt: skip
+
+
+def load() -> None:
+    """Register the layers of every architecture that is imported by now."""
+    for package, (name, layout) in _LAYERS.items():
+        module = sys.modules.get(f"transformers.models.{package}.modeling_{package}")
+        layer = getattr(module, name, None)
+        if layer is not None and layer not in attn_half.registry:
+            _register(layer, layout)
+
+
+def _register(layer: type, layout: _Layout) -> None:
+    norm1, attn, norm2, after_attn, after_mlp = layout
+
+    @attn_half.register(layer)
+    def _(block: Any, x: Tensor, bias: Tensor | None = None, **rotary: Any) -> Tensor:
+        y = getattr(block, attn)(getattr(block, norm1)(x), attention_mask=bias, **rotary)[0]
+        return _through(block, after_attn, y) + x
+
+    @mlp_half.register(layer)
+    def _(block: Any, x: Tensor) -> Tensor:
+        return _through(block, after_mlp, block.mlp(getattr(block, norm2)(x))) + x
+
+    @attention.register(layer)
+    def _(block: Any, x: Tensor, **rotary: Any) -> Attention:
+        return _attention(getattr(block, attn), getattr(block, norm1)(x), **rotary)
+
+    @arguments.register(layer)
+    def _(block: Any, patches: Tensor) -> dict[str, Any]:
+        given: dict[str, Any] = {"attention_mask": None}
+        if _rotates(block):
+            angles = patches[:, :1].expand(-1, getattr(block, attn).head_dim).cumsum(dim=1)
+            given["position_embeddings"] = (angles.cos(), angles.sin())
+        return given
+
+
+def _rotates(block: nn.Module) -> bool:
+    return hasattr(sys.modules[_host_class(block).__module__], "apply_rotary_pos_emb")
+
+
+def _host_class(module: nn.Module) -> type:
+    return vars(type(module)).get("squeezevit_base", type(module))
+
+
+def _through(block: Any, names: tuple[str, ...], y: Tensor) -> Tensor:
+    for name in names:
+        y = getattr(block, name)(y)
+    return y
+
+
+def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Attention:
+    def project(linear: nn.Module, x: Tensor) -> Tensor:
+        y = linear(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+        if position_embeddings is None or y.shape[2] == 1:  # a class token alone, which has no place
+            return y
+        return sys.modules[_host_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
+
+    scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
+    plain = position_embeddings is None and is_plain(attn.k_proj)
+    return Attention(
+        x, attn.config.num_attention_heads, lambda n: project(attn.q_proj, x[:, :n]) * scale, lambda: project(attn.k_proj, x),
+        attn.k_proj.weight if plain else None, attn.k_proj.bias if plain else None,
+    )  # fmt: skip
+
+
+class Saving:
+    """A model whose `save_pretrained` writes its reducer into config.json, for `squeezevit.from_pretrained`."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        self.config.squeezevit = to_dict(self.squeezevit_state.reducer)  # type: ignore[attr-defined]
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.config.squeezevit  # type: ignore[attr-defined]
+
+
+class SavingTower(Saving, Tower):
+    """Both."""
+
+
+class SavingAveraging(Saving, Averaging):
+    """Both."""
+
+
+@host.register
+def _(model: PreTrainedModel) -> Host:
+    if reason := refusal(model):
+        raise UnsupportedError(f"{type(model).__name__} cannot be reduced ({reason})")
+    towers = [m for m in model.modules() if _name(m, TOWERS)]
+    if len(towers) != 1:
+        raise UnsupportedError(
+            f"{type(model).__name__} has {len(towers)} vision towers that SqueezeViT knows ({', '.join(TOWERS)}); "
+            f"{'give one of them to sv.reduce_' if towers else 'for one of your own register squeezevit.families.host'}"
+        )
+    tower: Any = towers[0]
+    averages = _name(model, _AVERAGING) is not None
+    head = getattr(getattr(tower, "head", None), "attention", None)
+    config = tower.config
+    mixins: list[tuple[nn.Module, type]] = [(model, SavingTower)]
+    if tower is not model:
+        mixins = [(tower, Tower), (model, SavingAveraging if averages else Saving)]
+    if head is not None:
+        mixins.append((head, WeightedPooling))
+    size = getattr(config, "image_size", None) or config.patch_size * round(config.num_patches**0.5)
+    return Host(
+        blocks=tuple(m for m in tower.modules() if knows(_host_class(m))),
+        prefix=TOWERS[_name(tower, TOWERS)] + getattr(config, "num_register_tokens", 0),  # type: ignore[index]
+        class_token=TOWERS[_name(tower, TOWERS)] > 0,  # type: ignore[index]
+        dim=config.hidden_size,
+        channels=config.num_channels,
+        image_size=(size, size) if isinstance(size, int) else tuple(size),
+        mixins=tuple(mixins),
+        grids=True,
+        pooled=averages or head is not None,
+        tower=None if model.main_input_name == "pixel_values" else tower,
+    )
+
+
+def _name(model: nn.Module, names: Iterable[str]) -> str | None:
+    """The name of the model's class, or of one it derives from, among the given ones."""
+    own = [c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.")]
+    return next((name for name in own if name in names), None)
