@@ -418,32 +418,41 @@ def _heads(model: nn.Module, host: families.Host, reducer: Reducer, stages: int)
     return ScoreHeads(keep, host.dim, like.device, dtype).train(model.training)
 
 
-@torch.no_grad()
 def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
-    """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be.
-
-    The bias is proved by what it is used for: a token with log(2) must count as much as the same token twice.
-    """
+    """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be."""
     base = vars(type(block)).get("squeezevit_base", type(block))
-    cut = families.cut(base)
+    name = f"{base.__module__}.{base.__qualname__}"
     if not families.knows(base):
         raise UnsupportedError(
-            f"block {index} is a {base.__module__}.{base.__qualname__}, which SqueezeViT does not know how to cut in two; "
+            f"block {index} is a {name}, which SqueezeViT does not know how to cut in two; "
             "blocks that are windowed or run attention and MLP side by side cannot be reduced between their halves. For any "
             "other, register attn_half, mlp_half and attention for its class as described in squeezevit.families"
         )
     if "forward" in vars(block):
         raise UnsupportedError(
-            f"block {index}, {base.__module__}.{base.__qualname__}, has a forward of its own set on the instance, "
+            f"block {index}, {name}, has a forward of its own set on the instance, "
             "which its stage would never see; remove it first, or put it into a forward hook"
         )
-    parameter = next(block.parameters())
-    if parameter.is_meta:
+    if next(block.parameters()).is_meta:
         logger.warning("block %d is on the meta device: its cut is not proved; call reduce_ again after loading weights", index)
         return
-    generator = torch.Generator().manual_seed(index)
+    try:
+        _prove_halves(base, block, index, prefix, dim, scored)
+    except (TypeError, AttributeError) as error:  # a host of another version has other names
+        if isinstance(error, UnsupportedError):
+            raise
+        raise UnsupportedError(
+            f"block {index}, {name}, cannot be reduced: it does not run as SqueezeViT knows it ({error}); `squeezevit families` "
+            "lists the tested versions of its library"
+        ) from error
+
+
+@torch.no_grad()
+def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
+    """The bias is proved by what it is used for: a token with log(2) must count as much as the same token twice."""
+    cut, parameter = families.cut(base), next(block.parameters())
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    x = torch.randn(2, prefix + 6, dim, generator=generator, device="cpu").to(parameter.device, dtype)
+    x = torch.randn(2, prefix + 6, dim, generator=torch.Generator().manual_seed(index), device="cpu").to(parameter.device, dtype)
     arguments = cut.arguments(block, x[0, prefix:])
     per_token = {name: value for name, value in arguments.items() if _has_rows(value)}
     with evaluation_mode(block), ops.no_autocast(x):

@@ -81,7 +81,7 @@ def _(block: EvaBlockPostNorm, x: Tensor, rope: Tensor | None = None) -> Attenti
 @arguments.register(EvaBlock)
 @arguments.register(EvaBlockPostNorm)
 def _(block: Any, patches: Tensor) -> dict[str, Any]:
-    return {"rope": patches[:, :1].expand(-1, 2 * block.attn.head_dim).cumsum(dim=1).sin()}
+    return {"rope": patches[:, :1].expand(-1, 2 * _head_dim(block.attn)).cumsum(dim=1).sin()}
 
 
 def _attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Attention:
@@ -92,7 +92,7 @@ def _attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Attention:
             "reducer with another score (DTPS, Random), or register squeezevit.families.attention for its block"
         )
     weight, bias = _weights(attn, 1) if rope is None and isinstance(attn.k_norm, nn.Identity) else (None, None)
-    if weight is not None and weight.shape[0] != attn.num_heads * attn.head_dim:  # heads that share their keys
+    if weight is not None and weight.shape[0] != attn.num_heads * _head_dim(attn):  # heads that share their keys
         weight = bias = None
     return Attention(
         x, attn.num_heads, lambda n: _project(attn, 0, x[:, :n], rope), lambda: _project(attn, 1, x, rope), weight, bias
@@ -110,7 +110,7 @@ def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
         y = y if own is None else y + own
     else:
         y = (attn.q_proj, attn.k_proj)[which](x)
-    y = y.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+    y = y.unflatten(-1, (-1, _head_dim(attn))).transpose(1, 2)
     y = (attn.q_norm, attn.k_norm)[which](y)
     prefix = 0 if rope is None else attn.num_prefix_tokens
     if rope is not None and y.shape[2] > prefix:
@@ -127,9 +127,13 @@ def _weights(attn: Any, which: int) -> tuple[Tensor | None, Tensor | None]:
     own = _own_bias(attn, which)
     if not (is_plain(attn.qkv) or (own is not None and not attn.qkv_bias_separate)):  # then the host slices, too
         return None, None
-    size = attn.num_heads * attn.head_dim
+    size = attn.num_heads * _head_dim(attn)
     rows = slice(which * size, (which + 1) * size)
     return attn.qkv.weight[rows], own if own is not None or attn.qkv.bias is None else attn.qkv.bias[rows]
+
+
+def _head_dim(attn: Any) -> int:
+    return round(attn.scale**-2)  # what EVA's attention has in every version
 
 
 def _own_bias(attn: Any, which: int) -> Tensor | None:

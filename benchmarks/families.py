@@ -1,0 +1,92 @@
+"""Overhead of a reducer over the limit (tokens merely sliced), in every family at ViT-S size.
+
+    python benchmarks/families.py --rounds 9        # benchmarks/results/families.json
+
+Random weights: time depends on shapes alone. 224 pixels, patches of 16, 12 blocks of 384 channels and 6 heads.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+import squeezevit as sv
+from squeezevit.bench.machine import command, machine, now, versions
+from squeezevit.bench.run import measure
+
+OUT = Path(__file__).parent / "results" / "families.json"
+HF = {
+    "image_size": 224, "patch_size": 16, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
+    "intermediate_size": 1536,
+}  # fmt: skip
+REDUCERS = (sv.ETPS(keep=0.7), sv.ETPS(keep=0.5), sv.ETPS(keep=0.5, mass=True))
+
+
+def timm(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name)
+
+
+def huggingface(model: str, config: str) -> nn.Module:
+    import transformers
+
+    return getattr(transformers, model)(getattr(transformers, config)(**HF))
+
+
+def torchvision() -> nn.Module:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(224, 16, 12, 6, 384, 1536)
+
+
+def open_clip() -> nn.Module:
+    from open_clip.transformer import VisionTransformer
+
+    return VisionTransformer(224, 16, 384, 12, 6, 4.0)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "timm VisionTransformer": lambda: timm("vit_small_patch16_224"),
+    "timm Eva (DINOv3)": lambda: timm("vit_small_patch16_dinov3"),
+    "transformers ViT": lambda: huggingface("ViTModel", "ViTConfig"),
+    "transformers DINOv2": lambda: huggingface("Dinov2Model", "Dinov2Config"),
+    "transformers DINOv3": lambda: huggingface("DINOv3ViTModel", "DINOv3ViTConfig"),
+    "transformers CLIP": lambda: huggingface("CLIPVisionModel", "CLIPVisionConfig"),
+    "transformers SigLIP": lambda: huggingface("SiglipVisionModel", "SiglipVisionConfig"),
+    "torchvision VisionTransformer": torchvision,
+    "open_clip VisionTransformer": open_clip,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=tuple(MODELS), default=tuple(MODELS))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--json", type=Path, default=OUT)
+    args = parser.parse_args()
+    setting = {"created": now(), "command": command(), "machine": machine(args.device), "versions": versions()}
+    setting |= {"batch_size": args.batch_size, "rounds": args.rounds, "precision": args.precision}
+    rows = []
+    for name in args.models:
+        model = MODELS[name]().to(args.device)
+        for speed in measure(model, REDUCERS, args.batch_size, 224, args.rounds, args.precision):
+            rows.append({"model": name, **asdict(speed)})
+            sys.stdout.write(
+                f"{name}: {speed.reducer} speed-up {speed.speedup_best:.2f}, overhead best {speed.overhead_best:.3f}, "
+                f"median {speed.overhead:.3f}\n"
+            )
+            sys.stdout.flush()
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
