@@ -4,6 +4,7 @@ from squeezevit import errors, losses, ops
 from squeezevit.attach import reduce_, restore_
 from squeezevit.checkpoint import load_checkpoint_
 from squeezevit.macs import macs
+from squeezevit.plan import plan
 from squeezevit.pretrained import from_pretrained
 from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, ToMe, TopK
 from squeezevit.trace import trace
@@ -24,6 +25,7 @@ __all__ = [
     "losses",
     "macs",
     "ops",
+    "plan",
     "reduce_",
     "restore_",
     "trace",

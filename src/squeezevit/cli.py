@@ -293,6 +293,52 @@ def show(
 
 
 @app.command()
+def plan(
+    model: ModelName = "deit_small_patch16_224",
+    method: Method = "etps",
+    macs: Annotated[float | None, typer.Option(help="Budget: share of the unreduced model's multiply-adds.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Budget: share of the unreduced model's time on this device.")] = None,
+    images_per_second: Annotated[float | None, typer.Option(help="Budget: images a second on this device.")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="Stages, as 3,6,9, or auto: the latest that reach the budget.", show_default="the method's")
+    ] = None,
+    batch_size: BatchSize = 1,
+    image_size: ImageSize = None,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    threads: Threads = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the device again, whatever the cache file says.")] = False,
+    json_file: Json = None,
+) -> None:
+    """The reducer that meets a budget with the most tokens kept: a share of multiply-adds or of time, or images a second.
+
+    For times the model's blocks are timed on the device at a few token counts in some seconds (and kept in a cache), and
+    the plan is verified by a measurement.
+    """
+    import torch
+
+    from squeezevit.plan import make_plan
+    from squeezevit.reducers import ToMe
+    from squeezevit.reducers.names import staged
+
+    _check_json(json_file)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if _checked_method(method) == "identity":
+        raise ConfigError("identity reduces nothing; plan another method")
+    template: Any = ToMe() if method.lower() == "tome" else staged(method, 0.5)
+    net = _to_device(_create(model, False, None, image_size), device)
+    stages = at if at in (None, "auto") else _blocks(at)
+    with console.status("measuring"):
+        found = make_plan(
+            net, template, macs=macs, latency=latency, images_per_second=images_per_second, batch_size=batch_size,
+            image_size=image_size, precision=precision, at=stages, fresh=fresh,
+        )  # fmt: skip
+    console.print(str(found), highlight=False)
+    _write_json(json_file, {**_setting(device), "model": model, **asdict(found), "reducer": repr(found.reducer)})
+
+
+@app.command()
 def families() -> None:
     """What is supported: host libraries, the versions tested, their models, and what is refused and why."""
     from squeezevit.families import families as listing

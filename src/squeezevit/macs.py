@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from squeezevit import families
 from squeezevit.errors import ConfigError
+from squeezevit.families import host_of
 from squeezevit.modes import evaluation_mode
 from squeezevit.reducer import is_index
 from squeezevit.trace import Trace
@@ -50,8 +50,7 @@ def fake_trace(model: nn.Module, image_size: int | tuple[int, int] | None = None
 
 
 def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) -> None:
-    families.load_families()
-    host = families.host(model)
+    host = host_of(model)
     size = host.image_size if image_size is None else image_size
     height, width = _height_width(size)
     name, model = type(model).__name__, model if host.tower is None else host.tower

@@ -1,19 +1,186 @@
-"""From a share of multiply-adds to a reducer: which keep ratio, or which r, brings this model there."""
+"""From a budget to a reducer: a share of the multiply-adds, a share of the time on this device, or images a second."""
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
-from squeezevit import families
 from squeezevit.attach import reduce_, restore_
 from squeezevit.errors import ConfigError
-from squeezevit.macs import macs, token_counts
-from squeezevit.reducer import Reducer
+from squeezevit.families import host_of
+from squeezevit.macs import fake_trace, macs, token_counts
+from squeezevit.reducer import Reducer, Staged
 from squeezevit.reducers import Identity, Random, ToMe
 from squeezevit.reducers.names import check_method, staged
 
 TOLERANCE = 0.004  # of the unreduced model's MACs
+WITHIN = 0.03  # of the time asked for, of a plan that needs no second look
+logger = logging.getLogger(__name__)
+Make = Callable[[float], Reducer]  # from a strength of 0 (all tokens stay) to 1 (as few as the method can)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A reducer, and what is known of it. Times are seconds a batch; shares are of the unreduced model."""
+
+    reducer: Reducer
+    macs_share: float
+    predicted: float | None = None  # share of the time
+    measured: float | None = None  # share of the time, in the run that made the plan
+    seconds: float | None = None  # measured
+
+    def __str__(self) -> str:
+        text = f"{self.reducer}: {self.macs_share:.1%} of the multiply-adds"
+        if self.measured is None or self.seconds is None:
+            return text
+        times = f"{self.predicted:.1%} of the time predicted, {self.measured:.1%} measured"
+        return f"{text}, {times} ({1e3 * self.seconds:.1f} ms a batch)"
+
+
+def plan(model: nn.Module, reducer: type[Reducer] | Reducer, **budget: Any) -> Reducer:
+    """The reducer of this kind that meets a budget with the most tokens kept; see `make_plan`, whose `reducer` it returns.
+
+    >>> plan(timm.create_model("deit_small_patch16_224"), ETPS, macs=0.5).keep  # doctest: +SKIP
+    0.5384
+    """
+    return make_plan(model, reducer, **budget).reducer
+
+
+def make_plan(
+    model: nn.Module,
+    reducer: type[Reducer] | Reducer,
+    *,
+    macs: float | None = None,
+    latency: float | None = None,
+    images_per_second: float | None = None,
+    batch_size: int = 1,
+    image_size: int | tuple[int, int] | None = None,
+    precision: str = "fp32",
+    at: Sequence[int] | str | None = None,
+    fresh: bool = False,
+) -> Plan:
+    """Choose the keep ratio (for ToMe r) of a kind of reducer for a budget on this model. The model is left unreduced.
+
+    reducer: a class, or a reducer whose other options stay. One budget: macs, the share of the unreduced model's multiply-adds;
+    latency, the share of its time a batch of `batch_size` on the model's own device; images_per_second, there. at: stages, "auto"
+    for the latest evenly spaced ones that reach the budget, or None for the reducer's own.
+    For times the model's blocks are timed at a few token counts (kept in a cache file by model, device, versions and setting;
+    `fresh` measures again), the plan is verified by a measurement, and made anew from it where it misses by over 3 %.
+    Raises ConfigError where the budget cannot be reached, saying what can.
+    """
+    budgets = {"macs": macs, "latency": latency, "images_per_second": images_per_second}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigError(f"give one budget, macs, latency or images_per_second, not {', '.join(given) or 'none'}")
+    (name, value), = given.items()  # fmt: skip
+    most = float("inf") if name == "images_per_second" else 1.0
+    if isinstance(value, bool) or not 0 < value <= most:
+        kind = "a number above 0" if most > 1 else "a share above 0 and at most 1"
+        raise ConfigError(f"{name}={value!r} is no budget; give {kind}")
+    restore_(model)
+    template = reducer() if isinstance(reducer, type) else reducer
+    tries = _placements(template, at, len(host_of(model).blocks))
+    for i, candidate in enumerate(tries):
+        try:
+            if macs is not None:
+                return _for_macs(model, candidate, macs, image_size)
+            setting = (batch_size, image_size, precision, fresh)
+            return _for_time(model, candidate, latency, images_per_second, *setting)
+        except ConfigError:
+            if i + 1 == len(tries):
+                raise
+        finally:
+            restore_(model)
+    raise AssertionError("a placement is always tried")
+
+
+def _placements(template: Reducer, at: Sequence[int] | str | None, depth: int) -> list[Reducer]:
+    """The reducer with the stages to try, in order."""
+    if at is None:
+        return [template]
+    if not isinstance(template, Staged):
+        raise ConfigError(f"{type(template).__name__} has no stages to choose (at={at!r}); leave at out")
+    if not isinstance(at, str):
+        return [replace(template, keep=0.5, at=tuple(at))]
+    if at != "auto":
+        raise ConfigError(f"at={at!r}: give block indices, as (3, 6, 9), or 'auto'")
+    step = max(depth // 4, 1)
+    spaced = [tuple(b for b in (first, first + step, first + 2 * step) if b < depth) for first in range(step, -1, -1)]
+    return [replace(template, keep=0.5, at=blocks) for blocks in spaced]
+
+
+def _maker(model: nn.Module, template: Reducer, image_size: int | tuple[int, int] | None) -> Make:
+    if isinstance(template, ToMe):
+        depth = len(host_of(model).blocks)
+        patches = token_counts(reduce_(model, Random(keep=1.0)), image_size)[0]
+        restore_(model)
+        return lambda strength: tome(strength * patches / 2, depth)
+    if not isinstance(template, Staged):
+        raise ConfigError(f"{template} has no keep ratio to plan; give a reducer with one, as sv.ETPS")
+    return lambda strength: replace(template, keep=max(round(1 - strength, 4), 1e-4))
+
+
+def _for_macs(model: nn.Module, template: Reducer, share: float, image_size: int | tuple[int, int] | None) -> Plan:
+    found = _meet_macs(model, _maker(model, template, image_size), share, type(template).__name__, image_size)
+    own = macs(reduce_(model, found), image_size)
+    return Plan(found, own / macs(restore_(model), image_size))
+
+
+def _for_time(
+    model: nn.Module,
+    template: Reducer,
+    latency: float | None,
+    images_per_second: float | None,
+    batch_size: int,
+    image_size: int | tuple[int, int] | None,
+    precision: str,
+    fresh: bool,
+) -> Plan:
+    from squeezevit.latency import cached_profile, ratio
+
+    make = _maker(model, template, image_size)
+    profile = cached_profile(model, make(0.5), batch_size, image_size, precision, fresh)
+    dense = profile.seconds(Identity(), (), (profile.tokens[-1] - profile.prefix,))
+    wanted = latency * dense if latency is not None else batch_size / float(images_per_second or 1)
+
+    def predicted(reducer: Reducer) -> float:
+        stages = fake_trace(reduce_(model, reducer), image_size).stages
+        restore_(model)
+        counts = (stages[0].n, *(s.n_out for s in stages)) if stages else (profile.tokens[-1] - profile.prefix,)
+        return profile.seconds(reducer, tuple(s.block for s in stages), counts)
+
+    found: list[tuple[float, Plan]] = []
+    correction = 1.0  # of the prediction, by what was measured
+    while len(found) < 3 and not (found and (found[-1][0] <= WITHIN or found[-1][1].reducer == make(0.0))):
+        reducer = _most_tokens(make, predicted, wanted / correction, dense, type(template).__name__)
+        seconds, measured = ratio(model, reducer, batch_size, image_size, precision)
+        share = correction * predicted(reducer) / dense
+        off = measured / latency if latency is not None else seconds / wanted
+        own = macs(reduce_(model, reducer), image_size) / macs(restore_(model), image_size)
+        found.append((abs(off - 1), Plan(reducer, own, share, measured, seconds)))
+        logger.info("%s", found[-1][1])
+        correction *= measured / share if latency is not None else seconds / (share * dense)
+    return min(found, key=lambda f: f[0])[1]
+
+
+def _most_tokens(make: Make, cost: Callable[[Reducer], float], wanted: float, dense: float, method: str) -> Reducer:
+    """The weakest reducer that costs no more than wanted, by bisection."""
+    if cost(make(0.0)) <= wanted:
+        return make(0.0)
+    least = cost(make(1.0))
+    if least > wanted:
+        raise ConfigError(
+            f"{method} cannot reach {wanted / dense:.1%} of the unreduced model's time with these stages; the least predicted is "
+            f"{least / dense:.1%} ({1e3 * least:.3g} ms a batch). Choose earlier or more stages (at), or a larger budget"
+        )
+    low, high = 0.0, 1.0
+    while high - low > 5e-4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(make(middle)) <= wanted else (middle, high)
+    return make(high)
 
 
 def tome(removed: float, depth: int) -> ToMe:
@@ -33,31 +200,18 @@ def plan_macs(
     at: Sequence[int] | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> Reducer:
-    """The reducer of this method that brings a model nearest to `share` of its unreduced multiply-adds.
+    """`plan` for a share of the multiply-adds, by a method's name; "identity" is itself.
 
-    The model is left unreduced. One keep ratio for all stages (one r for ToMe, spread evenly) is found on the MACs
-    counted; they move in steps of one token, so the share is met to 0.4 points or half a step, whichever is more.
-    Raises ConfigError where the share cannot be reached, saying what can.
+    One keep ratio for all stages (one r for ToMe, spread evenly) is found on the MACs counted; they move in steps of one token,
+    so the share is met to 0.4 points or half a step, whichever is more.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"share {share!r} of the multiply-adds is not above 0 and at most 1; give 0.5 for half")
     if check_method(method) == "identity":
         return Identity()
-    dense = macs(restore_(model), image_size)
-    depth = len(families.host(model).blocks)
-    patches = token_counts(reduce_(model, Random(keep=1.0)), image_size)[0]
-
-    def make(strength: float) -> Reducer:
-        """More strength, fewer tokens: 0 leaves all, 1 as few as the method can."""
-        if method.lower() == "tome":
-            return tome(strength * patches / 2, depth)
-        return staged(method, max(round(1 - strength, 4), 1e-4), at)
-
-    def cost(reducer: Reducer) -> float:
-        return macs(reduce_(model, reducer), image_size) / dense
-
+    template = ToMe() if method.lower() == "tome" else staged(method, 0.5, at)
     try:
-        return _solve(make, cost, share, method)
+        return _meet_macs(model, _maker(restore_(model), template, image_size), share, method, image_size)
     finally:
         restore_(model)
 
@@ -71,6 +225,11 @@ def tome_like_etps(
     """The ToMe that costs what eTPS costs at these keep ratios. The model is left unreduced."""
     share = macs(reduce_(model, staged("etps", keep, at)), image_size) / macs(restore_(model), image_size)
     return plan_macs(model, "tome", share, image_size=image_size)
+
+
+def _meet_macs(model: nn.Module, make: Make, share: float, method: str, image_size: int | tuple[int, int] | None) -> Reducer:
+    dense = macs(restore_(model), image_size)
+    return _solve(make, lambda reducer: macs(reduce_(model, reducer), image_size) / dense, share, method)
 
 
 def _solve(make: Callable[[float], Reducer], cost: Callable[[Reducer], float], share: float, method: str) -> Reducer:

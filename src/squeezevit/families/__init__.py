@@ -34,7 +34,20 @@ from squeezevit.errors import UnsupportedError
 from squeezevit.families.table import Family, families, refusal, untested
 from squeezevit.reducer import Attention
 
-__all__ = ["Cut", "Family", "Host", "arguments", "attention", "attn_half", "convert", "cut", "families", "host", "mlp_half"]
+__all__ = [
+    "Cut",
+    "Family",
+    "Host",
+    "arguments",
+    "attention",
+    "attn_half",
+    "convert",
+    "cut",
+    "families",
+    "host",
+    "host_of",
+    "mlp_half",
+]
 _FAMILIES = {  # host module: the module of this package that is imported once the host's is
     "timm": "timm",
     "transformers.modeling_utils": "transformers",
@@ -109,6 +122,12 @@ def host(model: nn.Module) -> Host:
         f"{name} is not a model that SqueezeViT knows; `squeezevit families` lists those it does, and for a model of your own "
         "register squeezevit.families.host for its class (examples/new_family.py)"
     )
+
+
+def host_of(model: nn.Module) -> Host:
+    """`host` of a model whose family may not have been imported yet."""
+    load_families()
+    return host(model)
 
 
 @singledispatch
