@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -308,12 +308,20 @@ def plan(
     precision: Precision = "fp32",
     threads: Threads = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure the device again, whatever the cache file says.")] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Search the stages and ratios on this folder of images, for --macs.", file_okay=False),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images of the folder: half to search on, half to report on.", min=4)] = 128,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
     json_file: Json = None,
 ) -> None:
     """The reducer that meets a budget with the most tokens kept: a share of multiply-adds or of time, or images a second.
 
     For times the model's blocks are timed on the device at a few token counts in some seconds (and kept in a cache), and
-    the plan is verified by a measurement.
+    the plan is verified by a measurement. --calibrate finds the schedule whose features stay closest to the unreduced
+    model's on your own images.
     """
     import torch
 
@@ -327,8 +335,15 @@ def plan(
     if _checked_method(method) == "identity":
         raise ConfigError("identity reduces nothing; plan another method")
     template: Any = ToMe() if method.lower() == "tome" else staged(method, 0.5)
-    net = _to_device(_create(model, False, None, image_size), device)
     stages = at if at in (None, "auto") else _blocks(at)
+    if calibrate is not None:
+        if macs is None or latency is not None or images_per_second is not None:
+            raise ConfigError("--calibrate searches at one share of the multiply-adds: give --macs, and no other budget")
+        net = _reduced_model(model, pretrained, checkpoint, "identity", "1", None, None, image_size)[0]
+        template = template if stages in (None, "auto") else replace(template, at=stages)
+        _write_json(json_file, _calibrate(_to_device(net, device), template, macs, calibrate, images, image_size, batch_size))
+        return
+    net = _to_device(_create(model, False, None, image_size), device)
     with console.status("measuring"):
         found = make_plan(
             net, template, macs=macs, latency=latency, images_per_second=images_per_second, batch_size=batch_size,
@@ -392,6 +407,36 @@ def _reduced_model(
     reducer = _reducer(net, method, ratio, at, image_size)
     reduce_with_weights_(net, reducer, weights, str(checkpoint))
     return net.eval(), reducer, weights is not None and has_heads(weights)
+
+
+def _calibrate(
+    net: Any, template: Any, share: float, folder: Path, count: int, image_size: int | None, batch_size: int
+) -> dict[str, Any]:
+    """Search, print, and return what there is to write."""
+    import torch
+
+    from squeezevit.calibrate import calibrate
+    from squeezevit.data.folder import eval_transform, sample_images
+    from squeezevit.reducer import Staged
+
+    if not isinstance(template, Staged):
+        raise ConfigError(f"{type(template).__name__} has no stages to search; choose another method")
+    device = next(net.parameters()).device
+    tensors = sample_images(folder, count, eval_transform(net, image_size))
+    searched, held_out = (list(torch.stack(part).to(device).split(max(batch_size, 8))) for part in (tensors[::2], tensors[1::2]))
+    with _progress() as bar:
+        report = _named_progress(bar)
+        found = calibrate(
+            net, template, share, searched, held_out, image_size, progress=lambda done, most: report("candidates", done, most)
+        )
+    console.print(f"{found.reducer}\n{found.macs_share:.1%} of the multiply-adds, {found.tried} candidates", highlight=False)
+    assert found.held_out is not None
+    own, default = found.held_out
+    console.print(
+        f"cosine of features with the unreduced model's, on the {len(tensors[1::2])} images not searched on: {own:.4f}; "
+        f"{default:.4f} with {found.default} (difference {own - default:+.4f} ± {found.held_out_error:.4f})", highlight=False,
+    )  # fmt: skip
+    return {**asdict(found), "reducer": repr(found.reducer), "default": repr(found.default), "images": len(tensors)}
 
 
 def _create(name: str, pretrained: bool, num_classes: int | None, image_size: int | None) -> Any:

@@ -229,10 +229,10 @@ def tome_like_etps(
 
 def _meet_macs(model: nn.Module, make: Make, share: float, method: str, image_size: int | tuple[int, int] | None) -> Reducer:
     dense = macs(restore_(model), image_size)
-    return _solve(make, lambda reducer: macs(reduce_(model, reducer), image_size) / dense, share, method)
+    return solve(make, lambda reducer: macs(reduce_(model, reducer), image_size) / dense, share, method)
 
 
-def _solve(make: Callable[[float], Reducer], cost: Callable[[Reducer], float], share: float, method: str) -> Reducer:
+def solve(make: Callable[[float], Reducer], cost: Callable[[Reducer], float], share: float, method: str) -> Reducer:
     """Regula falsi (the Illinois variant) on a falling step function."""
     best = make(1.0)
     low, high, above, below = 0.0, 1.0, 1.0 - share, cost(best) - share

@@ -4,6 +4,7 @@ Layout, as ImageNet's: `root/val/<class>/*` (or `validation`, `valid`, `test`), 
 numbered in the order of their sorted folder names, images follow sorted by name, those in deeper folders last.
 """
 
+import logging
 import os
 import stat
 import warnings
@@ -25,6 +26,7 @@ MAX_ASPECT = 100
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _SPLITS = {"val": ("val", "validation", "valid", "test")}
 _EXTRA = 'run `pip install "squeezevit[timm]"`'
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,24 @@ def _reason(error: Exception) -> str:
 def _printable(text: str) -> str:
     """File names may hold bytes that are not UTF-8, which would break a later print or JSON file."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor]) -> list[Tensor]:
+    """At most so many images of a folder, spread evenly over its sorted files at any depth, unreadable ones left out.
+
+    Raises DataError where fewer than two are readable.
+    """
+    files = list(_images(Path(root)))
+    chosen = files[:: max(len(files) // most, 1)][:most]
+    out = []
+    for path in chosen:
+        try:
+            out.append(transform(read_image(path)))
+        except DataError as error:
+            logger.warning("%s is left out: %s", path, error)
+    if len(out) < 2:
+        raise DataError(f"{root} holds {len(files)} images, {len(out)} of them readable; give a folder of some tens")
+    return out
 
 
 def _split_folder(root: Path, split: str) -> Path:
