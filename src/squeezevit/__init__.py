@@ -6,7 +6,7 @@ from squeezevit.checkpoint import load_checkpoint_
 from squeezevit.macs import macs
 from squeezevit.plan import plan
 from squeezevit.pretrained import from_pretrained
-from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, ToMe, TopK
+from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, Squeeze, ToMe, TopK
 from squeezevit.trace import trace
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "EViT",
     "Identity",
     "Random",
+    "Squeeze",
     "ToMe",
     "TopK",
     "errors",

@@ -81,6 +81,20 @@ def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return order[:, :k].sort(dim=1).values, order[:, k:].sort(dim=1).values
 
 
+def uniqueness(x: Tensor, importance: Tensor) -> Tensor:
+    """How unlike every more important token each token is: 1 - its highest cosine with one of them, 2 for the most important.
+
+    Shapes: [B, N, C], [B, N] -> [B, N], float32. Of two that are equally important the first one counts as more.
+    """
+    with no_autocast(x):
+        a = F.normalize(wide(x), dim=-1)
+        cosine = a @ a.transpose(1, 2)  # (B, N, N)
+    own, other = importance[:, :, None], importance[:, None]
+    earlier = torch.ones(cosine.shape[1:], dtype=torch.bool, device=x.device).tril(-1)
+    more = (other > own) | ((other == own) & earlier)
+    return 1 - cosine.masked_fill(~more, -1.0).amax(dim=-1)
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of every image: [B, T, C], [B, M] -> [B, M, C] (a flat row copy: 9 x faster than `gather` on CPU)."""
     B, T, C = x.shape

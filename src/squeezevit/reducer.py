@@ -171,6 +171,11 @@ class Reducer:
         return False
 
     @property
+    def biases(self) -> bool:
+        """Whether masses become a bias of later attention."""
+        return self.weighs
+
+    @property
     def masks(self) -> bool:
         """Whether training keeps all tokens and hides the pruned ones, so that later attention and pooling must not see them."""
         return False
@@ -252,7 +257,7 @@ def outgoing_carry(reducer: Reducer, carry: Carry, reduction: Reduction) -> Carr
     if reduction.mass is None or not reducer.weighs:
         return carry
     mass = reduction.mass.detach()
-    return carry._replace(mass=mass, bias=mass.log()[:, None, None])
+    return carry._replace(mass=mass, bias=mass.log()[:, None, None] if reducer.biases else None)
 
 
 def outgoing_positions(carry: Carry, reduction: Reduction) -> Tensor | None:

@@ -9,13 +9,14 @@ from squeezevit.reducer import Reducer
 from squeezevit.reducers.baselines import Identity, Random, TopK
 from squeezevit.reducers.dynamicvit import DynamicViT
 from squeezevit.reducers.evit import EViT
+from squeezevit.reducers.squeeze import Squeeze
 from squeezevit.reducers.tome import ToMe
 from squeezevit.reducers.tps import DTPS, ETPS
 
-__all__ = ["DTPS", "ETPS", "DynamicViT", "EViT", "Identity", "Random", "ToMe", "TopK"]
+__all__ = ["DTPS", "ETPS", "DynamicViT", "EViT", "Identity", "Random", "Squeeze", "ToMe", "TopK"]
 
 
-_BY_NAME: dict[str, type[Reducer]] = {c.__name__: c for c in (DTPS, ETPS, DynamicViT, EViT, Identity, Random, ToMe, TopK)}
+_BY_NAME: dict[str, type[Reducer]] = {c.__name__: c for c in (DTPS, ETPS, DynamicViT, EViT, Identity, Random, Squeeze, ToMe, TopK)}
 
 
 def to_dict(reducer: Reducer) -> dict[str, Any]:
