@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from squeezevit.attach import state_of
 from squeezevit.checkpoint import save_checkpoint
 from squeezevit.cli import main
 from squeezevit.errors import CheckpointError, ConfigError, DataError, SqueezeViTError, TrainingError
-from squeezevit.train import build, checkpoints, data, loop
+from squeezevit.train import build, checkpoints, data, loop, sharding
 from squeezevit.train.config import Config, load_config, recipes, to_dict, to_yaml
 from squeezevit.train.loop import train
 
@@ -85,16 +86,30 @@ def table(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines()))
 
 
+def untimed(row):
+    return {k: v for k, v in row.items() if k not in ("images_per_second", "seconds")}
+
+
 def same_weights(a: Path, b: Path) -> bool:
     left, right = load_file(a), load_file(b)
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def command(*argv, processes: int = 1, **options):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    line = [sys.executable, *launch, "-m", "squeezevit", "train", *map(str, argv)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loop.__file__).parents[2])}
+def python(*argv, processes: int = 1, environment=None, **options):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python", sys.executable]
+    line = [sys.executable, *(launch if processes > 1 else []), *map(str, argv)]
+    path = os.pathsep.join([str(Path(loop.__file__).parents[2]), str(Path(__file__).parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(environment or {})}
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def command(*argv, **options):
+    return python("-m", "squeezevit", "train", *argv, **options)
+
+
+def elsewhere(function, *argv, **options):
+    """Run a function of this file in other processes."""
+    return python("-c", f"import sys, test_train; test_train.{function.__name__}(*sys.argv[1:])", *argv, **options)
 
 
 def as_options(settings):
@@ -195,10 +210,7 @@ def test_a_resumed_run_is_bit_equal(photos, tmp_path, update):
     second = train(replace(broken, save_every=2), resume=True)
     for name in ("model", "ema"):
         assert same_weights(tmp_path / "whole/last" / f"{name}.safetensors", tmp_path / "broken/last" / f"{name}.safetensors")
-    timed = ("images_per_second", "seconds")
-    assert [{k: v for k, v in r.items() if k not in timed} for r in second.rows] == [
-        {k: v for k, v in r.items() if k not in timed} for r in expected.rows
-    ]
+    assert [untimed(row) for row in second.rows] == [untimed(row) for row in expected.rows]
 
 
 def test_sigterm_to_the_command_then_resume(photos, tmp_path):
@@ -242,6 +254,32 @@ def test_killed_while_writing_the_previous_checkpoint_counts(tmp_path, monkeypat
     checkpoints.write_folder(folder, lambda f: (f / "x").write_text("newer"))
     assert (checkpoints.find_folder(folder) / "x").read_text() == "newer"
     assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def die_while_writing_the_second_state(settings, out):
+    save = checkpoints.save_state
+
+    def save_half(state, path):
+        if (Path(out) / "last").exists():
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, path)
+
+    with mock.patch.object(checkpoints, "save_state", save_half):
+        train(load_config(settings))
+
+
+def test_sigkill_while_writing_then_resume(photos, tmp_path):
+    whole, killed = (config(photos, tmp_path / name, "save_every=2", "reducer.method=dtps") for name in ("whole", "killed"))
+    (tmp_path / "killed.yaml").write_text(to_yaml(killed))
+    process = elsewhere(die_while_writing_the_second_state, tmp_path / "killed.yaml", killed.out)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == -signal.SIGKILL, output
+    assert (tmp_path / "killed/last.new/state.pt").read_bytes() == b"half"
+    assert checkpoints.load_state(tmp_path / "killed/last/state.pt")["update"] == 2
+    train(killed, resume=True)
+    train(whole)
+    assert same_weights(tmp_path / "whole/last/model.safetensors", tmp_path / "killed/last/model.safetensors")
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
@@ -315,6 +353,62 @@ def test_two_processes_follow_the_same_curve_as_one(photos, tmp_path):
         assert float(two["top1"]) == pytest.approx(one["top1"], abs=1e-6)
     one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+
+
+def decide_without_noise(logits, hard):
+    soft = logits.softmax(-1)
+    return torch.nn.functional.one_hot(soft.argmax(-1), 2) - soft.detach() + soft
+
+
+def go_on_sharded(*outs):
+    """Resume each run; a SIGTERM stops it behind the update that follows. torchrun's processes start one process group only."""
+    without_noise = mock.patch.object(torch.nn.functional, "gumbel_softmax", decide_without_noise)
+    one_group = mock.patch.object(torch.distributed, "destroy_process_group")
+    with without_noise, one_group, mock.patch.object(sharding, "shard_", wraps=sharding.shard_) as shard_:
+        for out in outs:
+            assert train(load_config(Path(out) / "config.yaml"), resume=True, progress=interrupt_at(6)).signal == signal.SIGTERM
+    assert shard_.call_count == len(outs)
+
+
+def test_shards_follow_the_same_curve_and_their_checkpoints_fit_one_process(photos, weights, tmp_path, monkeypatch):
+    """One process to update 3, two with shards to update 7, over a validation, then one again: as one process all the way."""
+    monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", decide_without_noise)
+    methods = {  # tokens are compared by a mean over those kept, which with decisions depends on how a batch is split
+        "etps": ["optimizer.clip=1", "ema.decay=0.9"],
+        "dtps": ["accumulate=2", "loss.tokens=0"],
+    }
+    common = [f"model.checkpoint={weights}", "loss.logits=0.5", "loss.tokens=0.5", *PLAIN]
+    runs = {m: config(photos, tmp_path / m, f"reducer.method={m}", *common, *options) for m, options in methods.items()}
+    for run in runs.values():
+        train(run, progress=interrupt_at(2))
+    fsdp2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    process = elsewhere(go_on_sharded, *(run.out for run in runs.values()), processes=2, environment=fsdp2)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    for method, run in runs.items():
+        assert checkpoints.load_state(tmp_path / method / "last/state.pt")["update"] == 3  # of the second epoch
+        expected = train(replace(run, out=str(tmp_path / f"{method}-whole"))).rows
+        for mixed, one in zip(train(run, resume=True).rows, expected, strict=True):
+            assert untimed(mixed) == pytest.approx(untimed(one), rel=1e-4)
+        for file in (tmp_path / f"{method}-whole/last").glob("*.safetensors"):
+            one, mixed = load_file(file), load_file(tmp_path / method / "last" / file.name)
+            assert one.keys() == mixed.keys() and all(torch.allclose(one[k], mixed[k], atol=1e-4) for k in one)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1, which is not supported.*--fsdp_version 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "launched with DEEPSPEED, which is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "launched with MEGATRON_LM, which is not supported"),
+    ],
+)
+def test_other_launchers_are_refused_before_any_work(photos, tmp_path, monkeypatch, launcher, message):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        train(config(photos, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_tables_of_labels_give_the_same_run_as_folders(photos, tmp_path):

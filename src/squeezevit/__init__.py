@@ -3,6 +3,7 @@
 from squeezevit import errors, losses, ops
 from squeezevit.attach import reduce_, restore_
 from squeezevit.checkpoint import load_checkpoint_
+from squeezevit.families import families
 from squeezevit.macs import macs
 from squeezevit.plan import plan
 from squeezevit.pretrained import from_pretrained
@@ -21,6 +22,7 @@ __all__ = [
     "ToMe",
     "TopK",
     "errors",
+    "families",
     "from_pretrained",
     "load_checkpoint_",
     "losses",

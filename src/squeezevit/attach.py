@@ -13,8 +13,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from squeezevit import families, ops
+from squeezevit import ops
 from squeezevit.errors import ConfigError, UnsupportedError
+from squeezevit.families import Cut, Host, cut, host_of, knows, load_families, per_token
 from squeezevit.modes import evaluation_mode
 from squeezevit.predictor import ScoreHeads
 from squeezevit.reducer import (
@@ -216,7 +217,7 @@ class ReducedBlock(_Subclass):
     """A host's block whose forward is its two halves, with this site's stage before or between them."""
 
     squeezevit_site: Site
-    squeezevit_cut: families.Cut
+    squeezevit_cut: Cut
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site, cut = self.squeezevit_site, self.squeezevit_cut
@@ -279,7 +280,7 @@ def _subclass(base: Any, mixin: Any) -> Any:
     """The one subclass of a host's class with a mixin in front; it keeps the host's name, which wrap policies look for."""
     body = {"squeezevit_base": base, "squeezevit_mixin": mixin, "__module__": base.__module__, "__doc__": base.__doc__}
     if issubclass(mixin, ReducedBlock):
-        body["squeezevit_cut"] = families.cut(base)
+        body["squeezevit_cut"] = cut(base)
     elif "forward" in vars(mixin):
         body["forward"] = _with_signature(mixin.forward, base.forward)
     return type(base.__name__, (mixin, _Subclass, base), body)
@@ -296,7 +297,7 @@ def _with_signature(own: Callable[..., Any], of: Callable[..., Any]) -> Callable
 
 
 def _rebuild(base: Any, mixin: Any) -> Any:
-    families.load_families()
+    load_families()
     subclass = _subclass(base, mixin)
     return subclass.__new__(subclass)
 
@@ -324,8 +325,7 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
     """
     if not isinstance(reducer, Reducer):
         raise ConfigError(f"a {type(reducer).__name__} is not a reducer; give the model first, then one as sv.ETPS(keep=0.7)")
-    families.load_families()
-    host = families.host(model)
+    host = host_of(model)
     depth = len(host.blocks)
     stages = reducer.stages(depth)
     _refuse(model, host, reducer)
@@ -333,17 +333,17 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
         raise UnsupportedError(f"{type(model).__name__} puts no full grid out (grid=True); use sv.trace and its scatter_back")
     for i in range(stages[0] if stages else depth, depth):  # later blocks see fewer tokens, too
         prove(host.blocks[i], i, host.prefix, host.dim, reducer.scored and i in stages)
-    per_token = [families.per_token(block, host.dim) for block in host.blocks]
-    touched = _touched(reducer, stages, depth, any(per_token))
+    rows = [per_token(block, host.dim) for block in host.blocks]
+    touched = _touched(reducer, stages, depth, any(rows))
     heads = _heads(model, host, reducer, len(stages))
     restore_(model)
-    state = State(reducer, host.prefix, host.class_token, heads, stages, any(per_token), grid)
+    state = State(reducer, host.prefix, host.class_token, heads, stages, any(rows), grid)
     for i in touched:
         block = host.blocks[i]
         stage = stages.index(i) if i in stages else None
         block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
         before = sum(s < i for s in stages)
-        site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.pooled, per_token=per_token[i])
+        site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.pooled, per_token=rows[i])
         block.squeezevit_site = site  # type: ignore[assignment]
     for module, mixin in host.mixins:
         module.__class__ = _subclass(cast(Any, type(module)), mixin)
@@ -361,7 +361,7 @@ def retune_(model: nn.Module, reducer: Reducer) -> None:
     """
     state = state_of(model)
     old = state.reducer
-    stages = reducer.stages(len(families.host(model).blocks))
+    stages = reducer.stages(len(host_of(model).blocks))
     if type(reducer) is not type(old) or stages != state.stages or (reducer.weighs, reducer.masks) != (old.weighs, old.masks):
         raise ConfigError(f"a model reduced by {old} cannot be retuned to {reducer}, whose stages differ; call sv.reduce_ instead")
     state.reducer = reducer
@@ -384,7 +384,7 @@ def restore_(model: Model) -> Model:
     return model
 
 
-def _refuse(model: nn.Module, host: families.Host, reducer: Reducer) -> None:
+def _refuse(model: nn.Module, host: Host, reducer: Reducer) -> None:
     """Raise UnsupportedError on what no proof of a single block would find."""
     name = type(model).__name__
     if reducer.weighs and host.refuse_mass:
@@ -404,7 +404,7 @@ def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int, positional: 
     return list(range(stages[0], depth)) if reducer.weighs or reducer.masks or positional else list(stages)
 
 
-def _heads(model: nn.Module, host: families.Host, reducer: Reducer, stages: int) -> ScoreHeads | None:
+def _heads(model: nn.Module, host: Host, reducer: Reducer, stages: int) -> ScoreHeads | None:
     if not reducer.learned:
         return None
     old = getattr(model, "token_reducer", None)
@@ -422,7 +422,7 @@ def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> 
     """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be."""
     base = vars(type(block)).get("squeezevit_base", type(block))
     name = f"{base.__module__}.{base.__qualname__}"
-    if not families.knows(base):
+    if not knows(base):
         raise UnsupportedError(
             f"block {index} is a {name}, which SqueezeViT does not know how to cut in two; "
             "blocks that are windowed or run attention and MLP side by side cannot be reduced between their halves. For any "
@@ -450,24 +450,24 @@ def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> 
 @torch.no_grad()
 def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
     """The bias is proved by what it is used for: a token with log(2) must count as much as the same token twice."""
-    cut, parameter = families.cut(base), next(block.parameters())
+    own, parameter = cut(base), next(block.parameters())
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
     x = torch.randn(2, prefix + 6, dim, generator=torch.Generator().manual_seed(index), device="cpu").to(parameter.device, dtype)
-    arguments = cut.arguments(block, x[0, prefix:])
-    per_token = {name: value for name, value in arguments.items() if _has_rows(value)}
+    arguments = own.arguments(block, x[0, prefix:])
+    given = {name: value for name, value in arguments.items() if _has_rows(value)}
     with evaluation_mode(block), ops.no_autocast(x):
         whole = base.forward(block, x, **arguments)
-        halves = cut.mlp_half(block, cut.attn_half(block, x, **per_token))
+        halves = own.mlp_half(block, own.attn_half(block, x, **given))
         _require_close(base, index, whole, halves, "its two halves do not add up to its forward")
         if scored:
-            _prove_attention(base, index, cut.attention(block, x, **per_token))
+            _prove_attention(base, index, own.attention(block, x, **given))
         x[:, -1] = x[:, -2]
-        twice = {name: _rows(value, (0, 1, 2, 3, 4, 4)) for name, value in per_token.items()}
-        once = {name: _rows(value, (0, 1, 2, 3, 4)) for name, value in per_token.items()}
+        twice = {name: _rows(value, (0, 1, 2, 3, 4, 4)) for name, value in given.items()}
+        once = {name: _rows(value, (0, 1, 2, 3, 4)) for name, value in given.items()}
         bias = x.new_zeros(2, 1, 1, prefix + 5)
         bias[..., -1] = math.log(2)
-        counted = cut.attn_half(block, x[:, :-1], bias, **once)
-        expected = cut.attn_half(block, x, **twice)[:, :-1]
+        counted = own.attn_half(block, x[:, :-1], bias, **once)
+        expected = own.attn_half(block, x, **twice)[:, :-1]
         _require_close(base, index, expected, counted, "its attention does not take an additive bias")
 
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from squeezevit import families
 from squeezevit.attach import reduce_
 from squeezevit.errors import CheckpointError, MissingExtraError
+from squeezevit.families import convert, load_families
 from squeezevit.reducer import Reducer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,9 +39,9 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
     """
     name = name if isinstance(source, Mapping) else fspath(source)
     entries = _named(source, name) if isinstance(source, Mapping) else read_checkpoint(source)
-    families.load_families()
+    load_families()
     try:
-        entries = families.convert(model, entries)
+        entries = convert(model, entries)
     except CheckpointError as error:
         _require_fit(model, entries, name)  # says which keys do not fit, where that is why
         raise CheckpointError(f"{name}: {error}") from error

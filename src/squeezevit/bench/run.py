@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from squeezevit import families
 from squeezevit.attach import reduce_, restore_
 from squeezevit.bench.limit import Slice, limit_of
 from squeezevit.bench.timing import alternate
+from squeezevit.families import host_of
 from squeezevit.macs import fake_trace, macs, token_counts
 from squeezevit.modes import autocast
 from squeezevit.reducer import Reducer
@@ -100,7 +100,7 @@ def _neighbours(variants: dict[Reducer, nn.Module], bounds: dict[Reducer, Slice 
 
 
 def _images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None) -> torch.Tensor:
-    host, like = families.host(model), next(model.parameters())
+    host, like = host_of(model), next(model.parameters())
     size = host.image_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)

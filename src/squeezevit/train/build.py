@@ -13,10 +13,10 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from squeezevit import families
 from squeezevit.attach import restore_
 from squeezevit.checkpoint import load_checkpoint_, read_checkpoint, reduce_with_weights_
 from squeezevit.errors import ConfigError
+from squeezevit.families import host_of
 from squeezevit.plan import tome_like_etps
 from squeezevit.reducer import Reducer
 from squeezevit.reducers import ToMe
@@ -97,7 +97,7 @@ def freeze_(model: nn.Module, blocks: int) -> None:
     """Fix the embeddings and the first blocks. Raises ConfigError where the model has no more blocks than that."""
     if not blocks:
         return
-    depth = len(families.host(model).blocks)
+    depth = len(host_of(model).blocks)
     if blocks >= depth:
         raise ConfigError(f"freeze={blocks} leaves nothing to train of {depth} blocks; give at most {depth - 1}")
     timm_model: Any = model

@@ -38,7 +38,7 @@ from squeezevit.attach import restore_, retune_
 from squeezevit.checkpoint import load_checkpoint_, save_checkpoint
 from squeezevit.data.folder import data_config, eval_transform, half_the_cores
 from squeezevit.modes import evaluation_mode
-from squeezevit.train import build, checkpoints, data, log
+from squeezevit.train import build, checkpoints, data, log, sharding
 from squeezevit.train.anneal import annealed
 from squeezevit.train.config import AugmentConfig, Config, differences, to_dict, to_yaml
 from squeezevit.train.objective import Objective, unwrapped
@@ -151,11 +151,19 @@ class _Run:
         build.freeze_(net, config.freeze)
         if config.checkpoint_activations:
             cast(Any, net).set_grad_checkpointing(True)
+        state = None if last is None else self._load(last, net)
+        self.model = net
+        sharded = sharding.wanted() and accelerator.distributed_type != DistributedType.NO
+        if sharded:
+            sharding.shard_([*self.saved.values(), self.dense], accelerator)
         optimizer = build.make_optimizer(net, config.optimizer)
-        state = None if last is None else self._load(last, net, optimizer)
+        if state is not None:
+            optimizer.load_state_dict(sharding.cut(state["optimizer"], optimizer))
         self.schedule = build.make_schedule(optimizer, config, self.updates)
         self.schedule.step_update(self.done)
-        self.model, self.optimizer = accelerator.prepare(net, optimizer)
+        if not sharded:
+            self.model = accelerator.prepare_model(net)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         if state is not None and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.wait_for_everyone()
@@ -178,6 +186,11 @@ class _Run:
     @property
     def net(self) -> nn.Module:
         return unwrapped(self.model)
+
+    @property
+    def saved(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds the weights of, by the file's name."""
+        return {"model": self.net} if self.ema is None else {"model": self.net, "ema": self.ema.module}
 
     def _previous(self, resume: bool) -> Path | None:
         """The checkpoint to go on from. Raises ConfigError where there is one that nobody asked for."""
@@ -230,7 +243,7 @@ class _Run:
         with self.accelerator.autocast():
             self.objective(net, *self._targets(images, torch.tensor([0, 1], device=images.device)))
 
-    def _load(self, last: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def _load(self, last: Path, net: nn.Module) -> dict[str, Any]:
         state = checkpoints.load_state(last / "state.pt")
         changed = [d for d in differences(state["config"], to_dict(self.config)) if d.split(" ")[0] not in FREE]
         if changed:
@@ -245,7 +258,6 @@ class _Run:
         load_checkpoint_(net, last / "model.safetensors")
         if self.ema is not None:
             load_checkpoint_(self.ema.module, last / "ema.safetensors")
-        optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.update, self.best, self.rows = state["epoch"], state["update"], state["best"], state["rows"]
         self.sums, self.seconds, self.unreadable = state["sums"], state["seconds"], state["unreadable"]
         return state
@@ -410,19 +422,21 @@ class _Run:
             )
 
     def _save(self, name: str) -> None:
-        """Write model, average, and, for "last", all that a resumed run needs."""
+        """Write model, average, and, for "last", all that a resumed run needs. All processes take part, as shards are gathered."""
         self._retune(final=True)
-        if self.accelerator.is_main_process:
-            checkpoints.write_folder(self.out / name, lambda folder: self._fill(folder, with_state=name == "last"))
+        main = self.accelerator.is_main_process
+        weights = {file: sharding.whole(model.state_dict(), main) for file, model in self.saved.items()}
+        optimizer = sharding.whole(self.optimizer.state_dict(), main) if name == "last" else None
+        if main:
+            checkpoints.write_folder(self.out / name, lambda folder: self._fill(folder, weights, optimizer))
 
-    def _fill(self, folder: Path, with_state: bool) -> None:
-        save_checkpoint(self.net, folder / "model.safetensors")
-        if self.ema is not None:
-            save_checkpoint(self.ema.module, folder / "ema.safetensors")
-        if with_state:
+    def _fill(self, folder: Path, weights: dict[str, dict[str, Tensor]], optimizer: dict[str, Any] | None) -> None:
+        for file, model in self.saved.items():
+            save_checkpoint(model, folder / f"{file}.safetensors", weights[file])
+        if optimizer is not None:
             scaler = self.accelerator.scaler
             state = {
-                "config": to_dict(self.config), "data": self._data_facts(), "optimizer": self.optimizer.state_dict(),
+                "config": to_dict(self.config), "data": self._data_facts(), "optimizer": optimizer,
                 "scaler": None if scaler is None else scaler.state_dict(), "epoch": self.epoch, "update": self.update,
                 "best": self.best, "rows": self.rows, "sums": self.sums, "seconds": self.seconds, "unreadable": self.unreadable,
             }  # fmt: skip
@@ -450,6 +464,7 @@ def _mixes(config: AugmentConfig) -> bool:
 @contextmanager
 def _accelerator(config: Config) -> Iterator[Accelerator]:
     """Accelerate's view of the processes, left behind so that the next run in this process may have another."""
+    sharding.wanted()  # refuses what it cannot do before accelerate prepares for it
     unused = config.anneal_epochs > 0  # heads get no gradient while nothing is removed
     accelerator = Accelerator(
         cpu=config.device == "cpu",
@@ -458,8 +473,6 @@ def _accelerator(config: Config) -> Iterator[Accelerator]:
     )
     accelerator.gradient_accumulation_steps = 1  # whatever the launcher was told: `_step` does it
     try:
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise ConfigError(f"launched with {accelerator.distributed_type.value}, which is not supported; launch plain processes")
         if config.device not in ("auto", accelerator.device.type):
             raise ConfigError(f"device={config.device!r} is not there (found {accelerator.device.type}); choose auto or cpu")
         if config.precision == "fp16" and accelerator.device.type != "cuda":

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from squeezevit import families, losses
+from squeezevit import losses
 from squeezevit.attach import state_of
 from squeezevit.errors import ConfigError
+from squeezevit.families import host_of
 from squeezevit.modes import evaluation_mode
 from squeezevit.reducer import Staged
 from squeezevit.trace import Trace
@@ -75,7 +76,7 @@ class Objective:
         with nullcontext() if already else evaluation_mode(self.teacher):
             features = self.teacher.forward_features(images)
             teacher_logits = self.teacher.forward_head(features)
-        teacher_tokens = features[:, families.host(self.teacher).prefix :]
+        teacher_tokens = features[:, host_of(self.teacher).prefix :]
         if teacher_logits.shape != logits.shape:
             raise ConfigError(
                 f"the teacher has {teacher_logits.shape[-1]} classes, the model {logits.shape[-1]}; give both the same"
