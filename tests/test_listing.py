@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import squeezevit as sv
 from squeezevit import cli
-from squeezevit.families import families, table
+from squeezevit.families import families, host_of, table
 
 DOCS = Path(__file__).parent.parent / "docs" / "models.md"
 
@@ -62,6 +63,10 @@ def test_the_command_lists_them(capsys):
     said = capsys.readouterr().out
     assert all(f.library in said for f in families())
     assert "DINOv3ViTModel" in said and "within windows" in said
+
+
+def test_the_module_lists_itself():
+    assert sv.families() == families() and sv.families.host_of is host_of
 
 
 def test_names_of_refused_classes_are_listed_by_reason():

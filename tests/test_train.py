@@ -368,6 +368,7 @@ def go_on_sharded(*outs):
         for out in outs:
             assert train(load_config(Path(out) / "config.yaml"), resume=True, progress=interrupt_at(6)).signal == signal.SIGTERM
     assert shard_.call_count == len(outs)
+    torch.distributed.destroy_process_group()
 
 
 def test_shards_follow_the_same_curve_and_their_checkpoints_fit_one_process(photos, weights, tmp_path, monkeypatch):

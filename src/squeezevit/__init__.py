@@ -1,9 +1,8 @@
 """SqueezeViT: token reduction for vision transformers that somebody else wrote. See `reduce_` and `restore_`."""
 
-from squeezevit import errors, losses, ops
+from squeezevit import errors, families, losses, ops
 from squeezevit.attach import reduce_, restore_
 from squeezevit.checkpoint import load_checkpoint_
-from squeezevit.families import families
 from squeezevit.macs import macs
 from squeezevit.plan import plan
 from squeezevit.pretrained import from_pretrained

@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
+from types import ModuleType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -180,3 +181,13 @@ def load_families() -> None:
             warnings.warn(warning, stacklevel=3)
         module = importlib.import_module(name)
         getattr(module, "load", lambda: None)()
+
+
+class _Listing(ModuleType):
+    """This module is also what it lists: `squeezevit.families()`."""
+
+    def __call__(self) -> tuple[Family, ...]:
+        return families()
+
+
+sys.modules[__name__].__class__ = _Listing
