@@ -199,10 +199,9 @@ def test_what_is_no_reducer(reducer):
     "make",
     [
         lambda: nn.Linear(2, 2),
-        lambda: nn.Sequential(zoo.build("plain")),
         lambda: timm.create_model("resnet18"),
     ],
-    ids=["linear", "wrapped", "resnet"],
+    ids=["linear", "resnet"],
 )
 def test_models_that_are_not_known(make):
     model = make()
@@ -216,6 +215,11 @@ def test_models_that_are_not_known(make):
         "`squeezevit families`",
         "squeezevit.families.host",
     )
+
+
+def test_a_wrapped_model_is_found_inside():
+    wrapped = nn.Sequential(nn.Identity(), zoo.build("plain"))
+    refused_by(wrapped, sv.ETPS(), UnsupportedError, "torch.nn.modules.container.Sequential", "give model.1 to sv.reduce_")
 
 
 @pytest.mark.parametrize(

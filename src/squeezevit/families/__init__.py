@@ -119,6 +119,9 @@ def host(model: nn.Module) -> Host:
     reason = refusal(model)
     if reason:
         raise UnsupportedError(f"{name} cannot be reduced ({reason})")
+    inside = next((path for path, m in model.named_modules() if path and host.dispatch(type(m)) is not host.dispatch(object)), None)
+    if inside is not None:
+        raise UnsupportedError(f"{name} is not a model that SqueezeViT knows, but holds one: give model.{inside} to sv.reduce_")
     raise UnsupportedError(
         f"{name} is not a model that SqueezeViT knows; `squeezevit families` lists those it does, and for a model of your own "
         "register squeezevit.families.host for its class (examples/new_family.py)"
@@ -174,7 +177,7 @@ def is_plain(linear: nn.Module) -> bool:
 def load_families() -> None:
     """Import the family of every host library that is already imported, and none other."""
     for host_module, family in _FAMILIES.items():
-        if host_module not in sys.modules:
+        if sys.modules.get(host_module) is None:
             continue
         name = f"{__name__}.{family}"
         if name not in sys.modules and (warning := untested(family)):

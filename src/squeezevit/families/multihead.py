@@ -10,18 +10,13 @@ from squeezevit.reducer import Attention
 
 
 def attend(mha: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Self-attention of x [B, T, C] with an additive bias [B, 1, 1, T] or [B, 1, T, T].
-
-    The fused kernel of evaluation mode takes any number of a mask for "hidden", so with a bias the keys are another tensor object,
-    which keeps torch from choosing it.
-    """
+    """Self-attention of x [B, T, C] with an additive bias [B, 1, 1, T] or [B, 1, T, T]."""
     if bias is None:
         return mha(x, x, x, need_weights=False)[0]
-    keys = x.view_as(x)
-    if bias.shape[2] == 1:
-        return mha(x, keys, keys, key_padding_mask=bias[:, 0, 0], need_weights=False)[0]
+    if bias.shape[2] == 1:  # one number per key: no mask of T x T for every head
+        return mha(x, x, x, key_padding_mask=bias[:, 0, 0], need_weights=False)[0]
     per_head = bias.expand(-1, mha.num_heads, -1, -1).flatten(0, 1)  # (B*H, T, T)
-    return mha(x, keys, keys, attn_mask=per_head, need_weights=False)[0]
+    return mha(x, x, x, attn_mask=per_head, need_weights=False)[0]
 
 
 def scores(mha: Any, x: Tensor) -> Attention:

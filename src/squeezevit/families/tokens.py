@@ -46,21 +46,31 @@ class Tower:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         tokens = out if isinstance(out, Tensor) else out[0]
         if state.trace is not None:
-            state.trace.tokens = tokens[:, state.prefix :]
+            state.trace.tokens = self.normed(tokens)[:, state.prefix :]
         weights = state.final_weights(state.training(self))
         if state.grid and state.stages:
             return _all_on_grid(out, t)
         return _with_tokens(out, weighted(tokens, weights, state.prefix)) if averaged else out
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        """After the final norm, where the host does not return them so."""
+        return tokens
 
 
 def _all_on_grid(out: Any, t: Trace) -> Any:
     """Tokens and hidden states: entry i of these left i blocks."""
     if isinstance(out, Tensor):
         return on_grid(out, t, 1 << 30)
-    states = getattr(out, "hidden_states", None)
-    if states is not None:
-        out.hidden_states = tuple(None if x is None else on_grid(x, t, i) for i, x in enumerate(states))
+    if isinstance(out, tuple):  # hidden states are tokens in a tuple, attentions have one dimension more
+        rest = (_states_on_grid(v, t) if isinstance(v, tuple) and v[0].dim() == 3 else v for v in out[1:])
+        return on_grid(out[0], t, 1 << 30), *rest
+    if getattr(out, "hidden_states", None) is not None:
+        out.hidden_states = _states_on_grid(out.hidden_states, t)
     return _with_tokens(out, on_grid(out[0], t, 1 << 30))
+
+
+def _states_on_grid(states: Any, t: Trace) -> Any:
+    return tuple(None if x is None else on_grid(x, t, i) for i, x in enumerate(states))
 
 
 def _with_tokens(out: Any, tokens: Tensor) -> Any:

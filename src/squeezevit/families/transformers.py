@@ -121,7 +121,18 @@ class Saving:
             del self.config.squeezevit  # type: ignore[attr-defined]
 
 
+class CLIPTower(Tower):
+    """Its host norms the class token alone."""
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        return self.post_layernorm(tokens)  # type: ignore[attr-defined]
+
+
 class SavingTower(Saving, Tower):
+    """Both."""
+
+
+class SavingCLIPTower(Saving, CLIPTower):
     """Both."""
 
 
@@ -143,9 +154,10 @@ def _(model: PreTrainedModel) -> Host:
     averages = _name(model, _AVERAGING) is not None
     head = getattr(getattr(tower, "head", None), "attention", None)
     config = tower.config
-    mixins: list[tuple[nn.Module, type]] = [(model, SavingTower)]
+    clip = _name(tower, ("CLIPVisionModel",)) is not None
+    mixins: list[tuple[nn.Module, type]] = [(model, SavingCLIPTower if clip else SavingTower)]
     if tower is not model:
-        mixins = [(tower, Tower), (model, SavingAveraging if averages else Saving)]
+        mixins = [(tower, CLIPTower if clip else Tower), (model, SavingAveraging if averages else Saving)]
     if head is not None:
         mixins.append((head, WeightedPooling))
     size = getattr(config, "image_size", None) or config.patch_size * round(config.num_patches**0.5)
