@@ -5,6 +5,7 @@ from squeezevit.attach import reduce_, restore_
 from squeezevit.checkpoint import load_checkpoint_
 from squeezevit.macs import macs
 from squeezevit.plan import plan
+from squeezevit.presets import preset
 from squeezevit.pretrained import from_pretrained
 from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, Squeeze, ToMe, TopK
 from squeezevit.trace import trace
@@ -28,6 +29,7 @@ __all__ = [
     "macs",
     "ops",
     "plan",
+    "preset",
     "reduce_",
     "restore_",
     "trace",

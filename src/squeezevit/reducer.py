@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
-from typing import ClassVar, Literal, NamedTuple, SupportsIndex, get_args
+from typing import ClassVar, Literal, NamedTuple, SupportsIndex, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -202,18 +202,20 @@ class Staged(Reducer):
     """A reducer with few stages and a keep ratio for each.
 
     keep: ratio kept at every stage, or one per stage, each relative to the count before that stage.
-    at: 0-based block indices, ascending; None = one quarter, half and three quarters of the depth: (3, 6, 9) of 12.
+    at: 0-based block indices, ascending; None = one quarter, half and three quarters of the depth, (3, 6, 9) of 12; "every" = all
+    blocks but the first.
     """
 
     keep: float | tuple[float, ...] = 0.7
-    at: tuple[int, ...] | None = None
+    at: tuple[int, ...] | Literal["every"] | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         object.__setattr__(self, "keep", _ratios(name, self.keep))
-        if self.at is not None:
-            object.__setattr__(self, "at", _blocks(name, self.at))
-            self._check_lengths(self.at)
+        if self.at not in (None, "every"):
+            at = _blocks(name, cast(Sequence[int], self.at))
+            object.__setattr__(self, "at", at)
+            self._check_lengths(at)
 
     def _check_lengths(self, at: tuple[int, ...]) -> None:
         if isinstance(self.keep, tuple) and len(self.keep) != len(at):
@@ -223,7 +225,11 @@ class Staged(Reducer):
             )
 
     def stages(self, depth: int) -> tuple[int, ...]:
-        at = tuple(sorted({depth * i // 4 for i in (1, 2, 3)})) if self.at is None else self.at
+        at: tuple[int, ...]
+        if self.at is None:
+            at = tuple(sorted({depth * i // 4 for i in (1, 2, 3)}))
+        else:
+            at = tuple(range(min(1, depth - 1), depth)) if self.at == "every" else self.at
         if at[-1] >= depth:
             raise ConfigError(
                 f"{type(self).__name__}: at={at} names block {at[-1]}, but the model has {depth} blocks, "

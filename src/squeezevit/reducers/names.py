@@ -5,7 +5,7 @@ from functools import partial
 
 from squeezevit.errors import ConfigError
 from squeezevit.reducer import Reducer
-from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, TopK
+from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, Squeeze, TopK
 
 STAGED: dict[str, Callable[..., Reducer]] = {
     "etps": ETPS,
@@ -16,6 +16,7 @@ STAGED: dict[str, Callable[..., Reducer]] = {
     "dynamicvit": DynamicViT,
     "topk": TopK,
     "random": Random,
+    "training-free": partial(Squeeze, score="redundancy", fuse="mass", at="every"),
 }
 METHODS = ("identity", *STAGED, "tome")
 LABELS = {
@@ -28,6 +29,7 @@ LABELS = {
     "dynamicvit": "DynamicViT",
     "topk": "TopK",
     "random": "Random",
+    "training-free": "Squeeze (training-free)",
     "tome": "ToMe",
 }
 
@@ -39,7 +41,7 @@ def check_method(name: str) -> str:
     return name.lower()
 
 
-def staged(name: str, keep: float | Sequence[float], at: Sequence[int] | None = None) -> Reducer:
+def staged(name: str, keep: float | Sequence[float], at: Sequence[int] | str | None = None) -> Reducer:
     """A reducer by name and keep ratio. ToMe has no keep ratio: `squeezevit.plan.plan_macs` finds its r.
 
     >>> staged("topk", 0.5, (3, 6, 9))
@@ -49,4 +51,5 @@ def staged(name: str, keep: float | Sequence[float], at: Sequence[int] | None = 
         return Identity()
     if name.lower() not in STAGED:
         raise ConfigError(f"method {name!r} has no keep ratio; give r (tokens merged per block) instead")
-    return STAGED[name.lower()](keep=keep, at=None if at is None else tuple(at))
+    where = {} if at is None else {"at": at if isinstance(at, str) else tuple(at)}
+    return STAGED[name.lower()](keep=keep, **where)

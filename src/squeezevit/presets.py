@@ -1,0 +1,54 @@
+"""Settings that were found by measuring, by name."""
+
+from torch import nn
+
+from squeezevit.errors import ConfigError
+from squeezevit.plan import plan
+from squeezevit.reducer import Reducer
+from squeezevit.reducers import Squeeze
+
+PRESETS = {
+    # a little in every block; what goes always has a more important twin that stays; docs/training-free.md
+    "training-free": Squeeze(score="redundancy", fuse="mass", at="every"),
+}
+_DEPTH, _TOKENS, _CHANNELS, _PATCH = 12, 196, 384, 768  # ViT-S/16 at 224 pixels
+
+
+def preset(
+    name: str, macs: float = 0.5, model: nn.Module | None = None, image_size: int | tuple[int, int] | None = None
+) -> Reducer:
+    """A reducer by name for a share of the unreduced model's multiply-adds. The model is left unreduced.
+
+    "training-free": for models that are not fine-tuned. With a model the share is met as by `plan`; without one the keep ratio is
+    that of ViT-S/16 at 224 pixels, which holds for other ViTs of 12 blocks to a few points. Raises ConfigError on an unknown
+    name and on a share that is none or out of reach.
+
+    >>> preset("training-free", macs=0.5).keep
+    0.8469
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is not known; choose from {', '.join(PRESETS)}")
+    template = PRESETS[name]
+    if model is not None:
+        return plan(model, template, macs=macs, image_size=image_size)
+    low, high = 1e-3, 1.0
+    if not _share(template, low) <= macs <= 1:
+        raise ConfigError(f"macs={macs!r} is out of reach of {name!r}: give a share from {_share(template, low):.2f} to 1")
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _share(template, middle) <= macs else (low, middle)
+    return type(template)(**{**vars(template), "keep": round(low, 4)})
+
+
+def _share(template: Squeeze, keep: float) -> float:
+    """Of the reference's multiply-adds, without what scoring and matching cost."""
+    C, now = _CHANNELS, _TOKENS
+    stages = type(template)(**{**vars(template), "keep": keep})
+    at = stages.stages(_DEPTH)
+    total = dense = _PATCH * C * now
+    for block in range(_DEPTH):
+        after = stages.count(at.index(block), now, _TOKENS) if block in at else now
+        total += 4 * C * C * (now + 1) + 2 * C * (now + 1) ** 2 + 8 * C * C * (after + 1)
+        dense += 12 * C * C * (_TOKENS + 1) + 2 * C * (_TOKENS + 1) ** 2
+        now = after
+    return total / dense

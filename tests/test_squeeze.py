@@ -1,0 +1,143 @@
+"""The parts of TPS as choices: the known combinations, the redundancy rank by an oracle, presets."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import squeezevit as sv
+import zoo
+from squeezevit.errors import ConfigError
+from squeezevit.presets import PRESETS
+
+
+@pytest.mark.parametrize("kind", ["plain", "average-pool", "registers"])
+@pytest.mark.parametrize(
+    ("squeeze", "known"),
+    [(sv.Squeeze(0.6), sv.ETPS(0.6)), (sv.Squeeze(0.6, fuse="mass"), sv.ETPS(0.6, mass=True))],
+    ids=["etps", "etps-mass"],
+)
+def test_known_combinations(kind, squeeze, known):
+    model, x = zoo.build(kind), zoo.images()
+    assert torch.equal(zoo.run(sv.reduce_(model, squeeze), x), zoo.run(sv.reduce_(model, known), x))
+
+
+def test_random_ranks_the_same_places_in_every_image():
+    model = sv.reduce_(zoo.build("plain"), sv.Squeeze(0.5, score="random"))
+    with sv.trace(model) as t:
+        zoo.run(model, zoo.images(3))
+    assert all((s.kept == s.kept[:1]).all() for s in t.stages)
+
+
+def test_scores_may_be_a_function():
+    """Here of the position, so that the last tokens stay."""
+    model = sv.reduce_(
+        zoo.build("plain"), sv.Squeeze(0.5, at=(1,), score=lambda s: torch.arange(s.n).float().expand(len(s.tokens), -1))
+    )
+    with sv.trace(model) as t:
+        zoo.run(model, zoo.images(2))
+    assert t.stages[0].kept.tolist() == [list(range(zoo.PATCHES // 2, zoo.PATCHES))] * 2
+
+
+def test_matching_on_keys_finds_other_hosts_and_fuses_tokens():
+    model, x = zoo.build("plain"), zoo.images(2)
+    found = {}
+    for match in ("tokens", "keys"):
+        with sv.trace(sv.reduce_(model, sv.Squeeze(0.5, at=(1,), match=match))) as t:
+            zoo.run(model, x)
+        found[match] = t.stages[0]
+    assert torch.equal(found["tokens"].kept, found["keys"].kept)
+    assert not torch.equal(found["tokens"].hosts, found["keys"].hosts)
+    qkv = []
+    handle = sv.restore_(model).blocks[1].attn.qkv.register_forward_hook(lambda module, given, out: qkv.append(out))
+    zoo.run(model, x)
+    handle.remove()
+    keys = qkv[0].unflatten(-1, (3, zoo.HEADS, -1))[:, 1:, 1].mean(dim=2).double().numpy()  # (B, N, d)
+    s = found["keys"]
+    for b in range(2):
+        unit = keys[b] / np.linalg.norm(keys[b], axis=1, keepdims=True)
+        expected = (unit[s.pruned[b]] @ unit[s.kept[b]].T).argmax(axis=1)
+        assert s.hosts[b].tolist() == expected.tolist()
+
+
+def uniqueness_oracle(x, importance):
+    """One token at a time, in float64."""
+    out = np.full(importance.shape, 2.0)
+    for b, i, j in np.ndindex(*importance.shape, importance.shape[1]):
+        if importance[b, j] > importance[b, i] or (importance[b, j] == importance[b, i] and j < i):
+            cosine = x[b, i] @ x[b, j] / np.linalg.norm(x[b, i]) / np.linalg.norm(x[b, j])
+            out[b, i] = min(out[b, i], 1 - cosine)
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.integers(0, 10**6))
+def test_uniqueness_equals_the_oracle(batch, n, channels, seed):
+    """With ties in importance, which are broken by position."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, n, channels, generator=generator)
+    importance = torch.randint(0, 3, (batch, n), generator=generator).float()
+    expected = uniqueness_oracle(x.double().numpy(), importance.numpy())
+    np.testing.assert_allclose(sv.ops.uniqueness(x, importance).numpy(), expected, atol=1e-5)
+
+
+def test_a_pruned_token_has_a_more_important_twin_that_stays():
+    """Two clusters of equal tokens: one of each cluster stays, and every other goes to its own."""
+    x = torch.eye(4)[[0, 0, 1, 1, 0, 1]][None]
+    importance = torch.tensor([[0.1, 0.5, 0.2, 0.1, 0.3, 0.9]])
+    kept, pruned = sv.ops.split(sv.ops.uniqueness(x, importance), 2)
+    assert kept.tolist() == [[1, 5]] and pruned.tolist() == [[0, 2, 3, 4]]
+
+
+def test_without_a_bias_masses_still_weigh_in_the_fuse():
+    model, x = zoo.build("plain"), zoo.images(2)
+    outputs = [
+        zoo.run(sv.reduce_(model, sv.Squeeze(0.5, at=(1, 2), **options)), x)
+        for options in ({}, {"fuse": "mass"}, {"fuse": "mass", "bias": False})
+    ]
+    assert min((a - b).abs().max() for a, b in ((outputs[0], outputs[2]), (outputs[1], outputs[2]))) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "best"}, "score='best' is not known; choose one of 'auto'"),
+        ({"match": "values"}, "match='values'"),
+        ({"fuse": "sum"}, "fuse='sum'.*'cosine', 'mass'"),
+        ({"bias": 1}, "bias=1"),
+        ({"at": "all"}, "at='all'"),
+    ],
+)
+def test_choices_that_cannot_be_meant(options, message):
+    with pytest.raises(ConfigError, match=message):
+        sv.Squeeze(**options)
+
+
+def test_every_block_but_the_first():
+    assert sv.ETPS(at="every").stages(12) == tuple(range(1, 12))
+    assert sv.TopK(at="every").stages(1) == (0,)
+    with pytest.raises(ConfigError, match="2 ratios"):
+        sv.ETPS(keep=(0.5, 0.5), at="every").stages(12)
+
+
+@pytest.mark.parametrize("share", [0.65, 0.5, 0.35])
+def test_presets_meet_their_share(share):
+    model = timm.create_model("vit_small_patch16_224").eval()
+    dense = sv.macs(model)
+    for given_model, most in ((model, 0.005), (None, 0.015)):
+        reducer = sv.preset("training-free", macs=share, model=given_model)
+        assert replace(reducer, keep=0.7) == PRESETS["training-free"]
+        assert sv.macs(sv.reduce_(model, reducer)) / dense == pytest.approx(share, abs=most)
+        sv.restore_(model)
+
+
+def test_presets_that_are_none():
+    with pytest.raises(ConfigError, match="'fast' is not known; choose from training-free"):
+        sv.preset("fast")
+    for share in (0.01, 1.2, float("nan")):
+        with pytest.raises(ConfigError, match=r"out of reach of 'training-free': give a share from 0\.\d\d to 1"):
+            sv.preset("training-free", macs=share)
