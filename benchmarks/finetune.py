@@ -65,6 +65,7 @@ class Recipe:
     head_lr: float = 1e-3  # of classifier and score heads that start from nothing
     weight_decay: float = 0.05
     smoothing: float = 0.1
+    keep_ratio: float = 2.0  # weight of the loss that holds learned heads to their ratio; the papers' (of trainings 100 x as long)
 
 
 TASKS = {
@@ -200,7 +201,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: (i + 1) / warm if i < warm else (1 + math.cos(math.pi * (i - warm) / (total - warm))) / 2
     )
-    objective = Objective(nn.CrossEntropyLoss(label_smoothing=recipe.smoothing), LossWeights(), teacher)
+    objective = Objective(nn.CrossEntropyLoss(label_smoothing=recipe.smoothing), LossWeights(keep_ratio=recipe.keep_ratio), teacher)
     model.train()
     began, sums, kept = time.perf_counter(), Counter(), []
     for step in range(total):
@@ -244,14 +245,14 @@ def make(method: str, share: float, task: Task, weights: Path | None) -> Reducer
 
 
 def run(args: argparse.Namespace) -> None:
-    task, recipe = TASKS[args.task], Recipe(head_lr=args.head_lr)
+    task, recipe = TASKS[args.task], Recipe(head_lr=args.head_lr, keep_ratio=args.keep_ratio)
     if args.epochs:
         recipe = replace(recipe, epochs=args.epochs, dense_epochs=args.epochs, anneal_epochs=args.epochs / 3)
     pictures = Pictures(task, args.data, args.device)
     test, rest = np.flatnonzero(pictures.fold == args.fold), np.flatnonzero(pictures.fold != args.fold)
-    reducers = {"dense again": (1.0, sv.Identity())} | {
-        f"{m} {s}": (s, make(m, s, task, args.weights)) for s in args.shares for m in args.methods or METHODS
-    }
+    reducers = {f"{m} {s}": (s, make(m, s, task, args.weights)) for s in args.shares for m in args.methods or METHODS}
+    if not args.methods:
+        reducers = {"dense again": (1.0, sv.Identity()), **reducers}
     torch.manual_seed(args.seed)
     dense = sv.reduce_(backbone(task, args.weights), sv.Identity()).to(args.device)
     first = train(dense, sv.Identity(), pictures, rest, recipe, None, args.seed)
@@ -374,6 +375,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS)
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the unreduced model's MACs")
     parser.add_argument("--head-lr", type=float, default=Recipe.head_lr)
+    parser.add_argument("--keep-ratio", type=float, default=Recipe.keep_ratio, help="weight of the keep-ratio loss")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -117,8 +117,8 @@ def test_choices_that_cannot_be_meant(options, message):
         sv.Squeeze(**options)
 
 
-def test_every_block_but_the_first():
-    assert sv.ETPS(at="every").stages(12) == tuple(range(1, 12))
+def test_every_block():
+    assert sv.ETPS(at="every").stages(12) == tuple(range(12))
     assert sv.TopK(at="every").stages(1) == (0,)
     with pytest.raises(ConfigError, match="2 ratios"):
         sv.ETPS(keep=(0.5, 0.5), at="every").stages(12)

@@ -203,7 +203,7 @@ class Staged(Reducer):
 
     keep: ratio kept at every stage, or one per stage, each relative to the count before that stage.
     at: 0-based block indices, ascending; None = one quarter, half and three quarters of the depth, (3, 6, 9) of 12; "every" = all
-    blocks but the first.
+    blocks.
     """
 
     keep: float | tuple[float, ...] = 0.7
@@ -229,7 +229,7 @@ class Staged(Reducer):
         if self.at is None:
             at = tuple(sorted({depth * i // 4 for i in (1, 2, 3)}))
         else:
-            at = tuple(range(min(1, depth - 1), depth)) if self.at == "every" else self.at
+            at = tuple(range(depth)) if self.at == "every" else self.at
         if at[-1] >= depth:
             raise ConfigError(
                 f"{type(self).__name__}: at={at} names block {at[-1]}, but the model has {depth} blocks, "
