@@ -49,11 +49,24 @@ def fake_trace(model: nn.Module, image_size: int | tuple[int, int] | None = None
     return t
 
 
+class _ImagesAlone(nn.Module):
+    """A model of which only the part that takes images runs; score heads may be the whole model's."""
+
+    def __init__(self, model: nn.Module, runs: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.runs = [runs]  # not a second child
+
+    def forward(self, image: torch.Tensor) -> object:
+        return self.runs[0](image)
+
+
 def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) -> None:
     host = host_of(model)
     size = host.image_size if image_size is None else image_size
     height, width = _height_width(size)
-    name, model = type(model).__name__, model if host.tower is None else host.tower
+    name = type(model).__name__
+    model = _ImagesAlone(model, model if host.tower is None else host.tower)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     image = torch.empty(1, host.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
