@@ -1,6 +1,6 @@
 """One list of questions, asked by test_questions.py of every reducer in every kind of model. A question is a function of a `Case`.
 
-A new method or family answers all of them by one more line in zoo.REDUCERS or zoo.MODELS.
+A new method or family answers all of them by one more line in zoo.REDUCERS or zoo.KINDS.
 """
 
 import copy
@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
-from timm.models.vision_transformer import VisionTransformer
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import squeezevit as sv
@@ -41,45 +40,85 @@ class Case:
     def reducer(self) -> Reducer:
         return zoo.REDUCERS[self.reducer_name]
 
-    def host(self, seed: int = 0, **options: Any) -> VisionTransformer:
+    @property
+    def kind(self) -> zoo.Kind:
+        return zoo.KINDS[self.model]
+
+    def host(self, seed: int = 0, **options: Any) -> Any:
         return zoo.build(self.model, seed, **options)
 
-    def reduced(self, seed: int = 0, **options: Any) -> VisionTransformer:
+    def reduced(self, seed: int = 0, **options: Any) -> Any:
         return zoo.reduce(self.host(seed, **options), self.reducer, seed)
 
-    def brief(self) -> VisionTransformer:
+    def run(self, model: nn.Module, x: Tensor) -> Tensor:
+        """The model's output, nothing recorded for a backward."""
+        with torch.no_grad():
+            return self.kind.call(model, x)
+
+    def run_resized(self, model: nn.Module, x: Tensor) -> Tensor:
+        """The same with images of any size."""
+        with torch.no_grad():
+            return self.kind.call(model, x, **self.kind.resized)
+
+    def tokens(self, model: nn.Module, x: Tensor) -> Tensor:
+        """All tokens in the end, [B, P + N, C]."""
+        seen: list[Tensor] = []
+        handle = model.get_submodule(self.kind.final).register_forward_hook(lambda module, args, out: seen.append(out))
+        self.run(model, x)
+        handle.remove()
+        return seen[0]
+
+    def gradients(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        return gradients(model, x, self.kind.call)
+
+    def brief(self) -> Any:
         """For questions that take a second: two blocks with a stage in each in one kind of model, in the others one stage.
 
-        A second block then follows it only where it is told of the first, by masses.
+        A second block then follows it only where it is told of the first, by masses or by the places of tokens.
         """
         reducer, depth = self.reducer, 2
         if self.model != THOROUGH:
-            depth = 2 if reducer.weighs else 1
+            depth = 2 if reducer.weighs or self.kind.rotary else 1
             first = {"r": (9, 0)} if isinstance(reducer, sv.ToMe) else {"at": (0,)} if isinstance(reducer, Staged) else {}
             reducer = replace(reducer, **first)
         return zoo.reduce(self.host(depth=depth), reducer)
 
 
-CASES = [Case(model, reducer) for model in zoo.MODELS for reducer in zoo.REDUCERS]
+TELLING = ("etps", "etps-mass", "dtps", "tome")  # scores and hosts, masses, learned heads and their masks, and every block
+LEADING = (*zoo.MODELS, "dinov3", "hf-vit", "hf-dinov2", "hf-dinov3", "hf-siglip-tower", "torchvision", "open_clip-tower")
+CASES = [Case(model, reducer) for model in zoo.KINDS for reducer in (zoo.REDUCERS if model in LEADING else TELLING)]
 THOROUGH = "average-pool"  # where most can go wrong: masses reach the bias, the scores and the pooling
 VARIANTS = ("identity", "etps-received", "dtps-topk", "evit-normalize")  # the code of another line of zoo.REDUCERS but for one step
 KIN, REST = ("res-post-norm", "pre-norm"), ("etps-mass", "dtps")  # models beyond the eight kinds that are promised
-QUESTIONS: list[tuple[Callable[[Case], None], Case]] = []
+Question = Callable[[Case], None]
+QUESTIONS: list[tuple[Question, Case]] = []
 
 
-def question(ask: Callable[[Case], None]) -> Callable[[Case], None]:
+def question(ask: Question) -> Question:
     QUESTIONS.extend((ask, case) for case in CASES)
     return ask
 
 
-def slow_question(ask: Callable[[Case], None]) -> Callable[[Case], None]:
-    """A question that takes a second: variants of a reducer and kin of a model answer it with one partner or two."""
-    QUESTIONS.extend(
-        (ask, case)
-        for case in CASES
-        if (case.reducer_name not in VARIANTS or case.model == THOROUGH) and (case.model not in KIN or case.reducer_name in REST)
-    )
+def question_where(answers: Callable[[zoo.Kind], object]) -> Callable[[Question], Question]:
+    """A question for those kinds of models that have what is asked about."""
+
+    def register(ask: Question) -> Question:
+        QUESTIONS.extend((ask, case) for case in CASES if answers(case.kind))
+        return ask
+
+    return register
+
+
+def slow_question(ask: Question) -> Question:
+    """A question that takes a second and runs without values: variants and kin answer it with one partner or two."""
+    QUESTIONS.extend((ask, case) for case in CASES if case.kind.traceable and answers_slowly(case))
     return ask
+
+
+def answers_slowly(case: Case) -> bool:
+    if case.model not in zoo.MODELS:
+        return case.reducer_name in (TELLING if case.model in LEADING else REST)
+    return (case.reducer_name not in VARIANTS or case.model == THOROUGH) and (case.model not in KIN or case.reducer_name in REST)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -94,11 +133,11 @@ def assert_same_snapshot(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert all(torch.equal(v, b["tensors"][k]) for k, v in a["tensors"].items())
 
 
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def gradients(model: nn.Module, x: Tensor, call: Callable[..., Tensor] = nn.Module.__call__) -> dict[str, Tensor]:
     """Gradients of a fixed scalar of the output, for the input and every parameter that gets one; the model's are cleared."""
     x = x.clone().requires_grad_()
     model.zero_grad()
-    model(x).square().mean().backward()
+    call(model, x).square().mean().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return {"": x.grad, **found}
@@ -125,10 +164,10 @@ def planned_counts(reducer: Reducer, patches: int = zoo.PATCHES, depth: int = zo
 @question
 def off_is_bit_equal(case):
     x, model = zoo.images(), case.host()
-    dense, dense_tokens = zoo.run(model, x), zoo.run(model.forward_features, x)
+    dense, dense_tokens = case.run(model, x), case.tokens(model, x)
     sv.reduce_(model, zoo.switched_off(case.reducer))
-    assert torch.equal(zoo.run(model, x), dense)
-    assert torch.equal(zoo.run(model.forward_features, x), dense_tokens)
+    assert torch.equal(case.run(model, x), dense)
+    assert torch.equal(case.tokens(model, x), dense_tokens)
 
 
 @question
@@ -147,96 +186,102 @@ def keys_are_unchanged(case):
 @question
 def restore_is_bit_equal(case):
     x, model = zoo.images(), case.host()
-    before, dense = snapshot(model), zoo.run(model, x)
+    before, dense = snapshot(model), case.run(model, x)
     zoo.reduce(model, case.reducer)
-    zoo.run(model, x)
+    case.run(model, x)
     assert sv.restore_(model) is model
     assert_same_snapshot(snapshot(model), before)
-    assert torch.equal(zoo.run(model, x), dense)
+    assert torch.equal(case.run(model, x), dense)
 
 
 @question
 def reducing_twice_replaces(case):
     x, model = zoo.images(), case.host()
-    before, fresh = snapshot(model), zoo.run(case.reduced(), x)
+    before, fresh = snapshot(model), case.run(case.reduced(), x)
     for other in (sv.ETPS(keep=0.3, at=(1,), mass=True), sv.DynamicViT(keep=0.5, at=(2,)), case.reducer):
         zoo.reduce(model, other)
-        zoo.run(model, x)
+        case.run(model, x)
     zoo.reduce(model, case.reducer)
-    assert torch.equal(zoo.run(model, x), fresh)
+    assert torch.equal(case.run(model, x), fresh)
     assert_same_snapshot(snapshot(sv.restore_(model)), before)
 
 
 @question
 def deepcopy_is_independent(case):
     x, model = zoo.images(), case.reduced()
-    expected = zoo.run(model, x)
+    expected = case.run(model, x)
     twin = copy.deepcopy(model)
-    assert torch.equal(zoo.run(twin, x), expected)
+    assert torch.equal(case.run(twin, x), expected)
     if case.reducer.stages(zoo.DEPTH):
         with sv.trace(model) as t:
-            zoo.run(twin, x)
+            case.run(twin, x)
         assert not t.stages
     sv.restore_(twin)
-    assert torch.equal(zoo.run(model, x), expected)
-    assert torch.equal(zoo.run(twin, x), zoo.run(case.host(), x))
+    assert torch.equal(case.run(model, x), expected)
+    assert torch.equal(case.run(twin, x), case.run(case.host(), x))
 
 
 @question
 def pickles(case):
     x, model = zoo.images(), case.reduced()
-    expected, buffer = zoo.run(model, x), io.BytesIO()
+    expected, buffer = case.run(model, x), io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
     for loaded in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
         assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
-        assert torch.equal(zoo.run(loaded, x), expected)
-        assert torch.equal(zoo.run(sv.restore_(loaded), x), zoo.run(case.host(), x))
+        assert torch.equal(case.run(loaded, x), expected)
+        assert torch.equal(case.run(sv.restore_(loaded), x), case.run(case.host(), x))
 
 
-@question
+@question_where(lambda kind: kind.checkpointing is not None)
 def activation_checkpointing_changes_nothing(case):
     x, model = zoo.images(), case.reduced().train()
-    expected, expected_grads = model(x).detach(), gradients(model, x)
-    model.set_grad_checkpointing()
-    before = use_reentrant_ckpt()
-    try:
-        for reentrant in (False, True):
-            set_reentrant_ckpt(reentrant)
+    expected, expected_grads = case.kind.call(model, x).detach(), case.gradients(model, x)
+    for reentrant in case.kind.reentrant:
+        with case.kind.checkpointing(model, reentrant):
             if reentrant and case.reducer.masks:
                 with pytest.raises(
                     UnsupportedError, match="reentrant activation checkpointing loses the gradient of the decisions"
                 ):
-                    gradients(model, x)
+                    case.gradients(model, x)
                 continue
-            torch.testing.assert_close(model(x).detach(), expected, **CLOSE)
-            assert_same_gradients(gradients(model, x), expected_grads)
-    finally:
-        set_reentrant_ckpt(before)
+            torch.testing.assert_close(case.kind.call(model, x).detach(), expected, **CLOSE)
+            assert_same_gradients(case.gradients(model, x), expected_grads)
+
+
+class Entry(nn.Module):
+    """A model as a module that takes images and returns its output."""
+
+    def __init__(self, case: Case, model: nn.Module) -> None:
+        super().__init__()
+        self.call, self.model = case.kind.call, model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.model, x)
 
 
 @slow_question
 def compiles_in_one_graph(case):
     """And the second call does not compile again."""
     x, model = zoo.images(), case.brief()
-    expected = zoo.run(model, x)
+    expected = case.run(model, x)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(Entry(case, model), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(zoo.run(compiled, x), expected, **CLOSE)
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(zoo.run(compiled, x), expected, **CLOSE)
-    torch.testing.assert_close(zoo.run(model, x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(case.run(model, x), expected, rtol=0, atol=0)
 
 
 @slow_question
 def exports_with_dynamic_batch(case):
     model = case.brief()
     with torch.no_grad():
-        program = torch.export.export(model, (zoo.images(3),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(Entry(case, model), (zoo.images(3),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     exported = program.module()
     for count in (1, 2, 5):
         x = zoo.images(count, seed=count)
-        torch.testing.assert_close(zoo.run(exported, x), zoo.run(model, x), **CLOSE)
+        torch.testing.assert_close(zoo.run(exported, x), case.run(model, x), **CLOSE)
 
 
 class LowRank(nn.Module):
@@ -258,64 +303,98 @@ class LowRank(nn.Module):
         return linear
 
 
-def adapt(model: VisionTransformer) -> None:
-    for i, block in enumerate(model.blocks):
-        block.attn.qkv = LowRank(block.attn.qkv, seed=i)
+def adapt(model: nn.Module, leaves: tuple[str, ...], merge: bool = False) -> None:
+    for i, block in enumerate(zoo.blocks(model)):
+        for leaf in leaves:
+            adapter = LowRank(block.get_submodule(leaf), seed=i)
+            block.set_submodule(leaf, adapter.merged() if merge else adapter)
 
 
 @question
 def adapter_leaves_work_before_and_after(case):
-    """Both ways equal the adapter merged into the weight: scores and keys come from the adapted projection."""
+    """Both ways equal the adapter merged into the weight: scores and keys come from the adapted projections."""
     x, before, after, merged = zoo.images(), case.host(), case.reduced(), case.host()
-    plain = zoo.run(after, x)
-    adapt(before)
+    plain = case.run(after, x)
+    adapt(before, case.kind.adapted)
     zoo.reduce(before, case.reducer)
-    adapt(after)
-    adapt(merged)
-    for block in merged.blocks:
-        block.attn.qkv = block.attn.qkv.merged()
+    adapt(after, case.kind.adapted)
+    adapt(merged, case.kind.adapted, merge=True)
     zoo.reduce(merged, case.reducer)
-    expected = zoo.run(merged, x)
+    expected = case.run(merged, x)
     assert (expected - plain).abs().max() > 1e-2, "the adapter is too weak to show anything"
-    torch.testing.assert_close(zoo.run(before, x), expected, **CLOSE)
-    torch.testing.assert_close(zoo.run(after, x), expected, **CLOSE)
+    torch.testing.assert_close(case.run(before, x), expected, **CLOSE)
+    torch.testing.assert_close(case.run(after, x), expected, **CLOSE)
 
 
-def quantise(model: VisionTransformer) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao is deprecated in favour of torchao; its int8 leaves are still in use
-        torch.ao.quantization.quantize_dynamic(model.blocks, {nn.Linear}, dtype=torch.qint8, inplace=True)
+def adapt_attention(model: nn.Module, name: str) -> None:
+    """PEFT's adapter around the attention, called `name`, of every block; it folds itself into the packed weight and back."""
+    wanted = [block.get_submodule(name) for block in zoo.blocks(model)]
+    paths = [path for path, module in model.named_modules() if any(module is attention for attention in wanted)]
+    torch.manual_seed(1)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=paths, init_lora_weights=False), model).eval()
+
+
+@question_where(lambda kind: kind.packed)
+def adapters_of_packed_projections_are_right_or_refused(case):
+    """q, k and v are rows of one parameter of torch's own attention: refused by reducers that score by them."""
+    x, before, after, merged = zoo.images(), case.host(), case.reduced(), case.host()
+    plain, name = case.run(after, x), case.kind.packed
+    for model in (before, after, merged):
+        adapt_attention(model, name)
+    if case.reducer.scored and case.reducer.stages(zoo.DEPTH):
+        for ask in (lambda: zoo.reduce(before, case.reducer), lambda: case.run(after, x)):
+            with pytest.raises(UnsupportedError, match=r"MultiheadAttention has no plain rows to score by; .* merge it first"):
+                ask()
+        return
+    for block in zoo.blocks(merged):
+        adapted = block.get_submodule(name)
+        adapted.merge()
+        block.set_submodule(name, adapted.get_base_layer())
+    expected = case.run(zoo.reduce(merged, case.reducer), x)
+    assert (expected - plain).abs().max() > 1e-2, "the adapter is too weak to show anything"
+    torch.testing.assert_close(case.run(zoo.reduce(before, case.reducer), x), expected, **CLOSE)
+    torch.testing.assert_close(case.run(after, x), expected, **CLOSE)
+
+
+def quantise(model: nn.Module, kept: tuple[str, ...] = ()) -> None:
+    """The linear leaves of every block, but for those `kept`, become int8 ones."""
+    config = torch.ao.quantization.default_dynamic_qconfig
+    for block in zoo.blocks(model):
+        leaves = {name: config for name, leaf in block.named_modules() if type(leaf) is nn.Linear and name not in kept}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.ao is deprecated in favour of torchao; its int8 leaves are still in use
+            torch.ao.quantization.quantize_dynamic(block, leaves, dtype=torch.qint8, inplace=True)
 
 
 @question
 def int8_leaves_work_before_and_after(case):
     x, before, after = zoo.images(), case.host(), case.reduced()
-    kept_plain = first_kept(after, x)
-    quantise(before)
+    kept_plain = first_kept(case, after, x)
+    quantise(before, case.kind.sliced)
     zoo.reduce(before, case.reducer)
-    quantise(after)
-    assert torch.equal(zoo.run(before, x), zoo.run(after, x))
-    assert zoo.run(after, x).isfinite().all()
+    quantise(after, case.kind.sliced)
+    assert torch.equal(case.run(before, x), case.run(after, x))
+    assert case.run(after, x).isfinite().all()
     if kept_plain is not None:
-        kept = first_kept(after, x)
+        kept = first_kept(case, after, x)
         same = (kept[:, :, None] == kept_plain[:, None]).any(dim=2).float().mean()
         assert same > 0.9, f"int8 weights reserve other tokens than float ones ({same:.0%} the same)"
 
 
-def first_kept(model: VisionTransformer, x: Tensor) -> Tensor | None:
+def first_kept(case: Case, model: nn.Module, x: Tensor) -> Tensor | None:
     with sv.trace(model) as t:
-        zoo.run(model, x)
+        case.run(model, x)
     return t.stages[0].kept if t.stages else None
 
 
-@question
+@question_where(lambda kind: kind.features)
 def forward_features_may_be_called_directly(case):
     model, x = case.reduced(), zoo.images()
-    expected = zoo.run(model, x)
+    expected = case.run(model, x)
     for _ in range(2):  # also without a head in between, which would clear what masses a pooling needs
         tokens = zoo.run(model.forward_features, x)
     assert torch.equal(zoo.run(model.forward_head, tokens), expected)
-    assert torch.equal(zoo.run(model, x), expected)
+    assert torch.equal(case.run(model, x), expected)
 
 
 @question
@@ -323,23 +402,24 @@ def two_models_share_nothing(case):
     """A model runs inside the other's forward, between two stages, and neither notices."""
     x, y = zoo.images(2), zoo.images(3, seed=1)
     outer, inner, twin = case.reduced(), case.reduced(seed=1), copy.deepcopy(case.reduced())
-    alone = zoo.run(outer, x), zoo.run(inner, y), zoo.run(twin, y)
+    alone = case.run(outer, x), case.run(inner, y), case.run(twin, y)
     during = []
-    outer.blocks[2].register_forward_pre_hook(lambda *_: during.extend([inner(y), twin(y)]))
-    assert torch.equal(zoo.run(outer, x), alone[0])
+    zoo.blocks(outer)[2].register_forward_pre_hook(lambda *_: during.extend([case.kind.call(inner, y), case.kind.call(twin, y)]))
+    assert torch.equal(case.run(outer, x), alone[0])
     assert torch.equal(during[0], alone[1])
     assert torch.equal(during[1], alone[2])
 
 
-@question
+@question_where(lambda kind: kind.resizing is not None)
 def image_and_batch_sizes_may_alternate(case):
     batches = [zoo.images(3), zoo.images(1, (48, 96)), zoo.images(2, 32), zoo.images(2)]
-    fresh = [zoo.run(case.reduced(dynamic_img_size=True), x) for x in batches]
-    model = case.reduced(dynamic_img_size=True)
+    fresh = [case.run_resized(case.reduced(**case.kind.resizing), x) for x in batches]
+    model = case.reduced(**case.kind.resizing)
     for _ in range(2):
         for x, expected in zip(batches, fresh, strict=True):
-            assert torch.equal(zoo.run(model, x), expected)
-            assert torch.equal(model(x).detach(), expected)  # with a graph, which keeps masses alive
+            assert torch.equal(case.run_resized(model, x), expected)
+            with_graph = case.kind.call(model, x, **case.kind.resized)  # which keeps masses alive
+            assert torch.equal(with_graph.detach(), expected)
 
 
 @question
@@ -347,10 +427,11 @@ def token_counts_are_as_planned(case):
     model, x = case.reduced(), zoo.images()
     planned = planned_counts(case.reducer)
     with sv.trace(model) as t:
-        tokens = zoo.run(model.forward_features, x)
+        tokens = case.tokens(model, x)
     leaving = [*planned, zoo.PATCHES][0 if not planned else len(planned) - 1]
     extra = isinstance(case.reducer, sv.EViT)
-    assert tokens.shape == (3, model.num_prefix_tokens + leaving, zoo.DIM)
+    assert tokens.shape == (3, zoo.prefix(model) + leaving, zoo.DIM)
+    assert t.tokens.shape == (3, leaving, zoo.DIM)
     assert [s.kept.shape[1] + extra for s in t.stages] == planned
     assert [s.kept.shape[1] + s.pruned.shape[1] for s in t.stages] == [zoo.PATCHES, *planned][: len(planned)]
     assert [s.block for s in t.stages] == list(case.reducer.stages(zoo.DEPTH))
@@ -361,68 +442,67 @@ def token_counts_are_as_planned(case):
 @question
 def batch_mates_never_matter(case):
     model, x = case.reduced(), zoo.images(4)
-    together, groups = traced(model, x)
+    together, groups = traced(case, model, x)
     for mates in ([2], [2, 0], [3, 3, 2, 1, 2]):
-        output, found = traced(model, x[mates])
+        output, found = traced(case, model, x[mates])
         torch.testing.assert_close(output, together[mates], **CLOSE)
         assert groups is None or torch.equal(found, groups[mates])
 
 
-def traced(model: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def traced(case: Case, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Output, and where there are stages the groups after each: [B, stages, N0]."""
     with sv.trace(model) as t:
-        output = zoo.run(model, x)
+        output = case.run(model, x)
     groups = [t.groups_after(j) for j in range(len(t.stages))]
     return output, torch.stack(groups, dim=1) if groups else None
 
 
 @question
 def autocast_stays_near_float32(case):
-    model, x = case.reduced(), zoo.images()
-    expected, groups = traced(model, x)
+    model, host, x = case.reduced(), case.host(), zoo.images()
+    expected, groups = traced(case, model, x)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
-            output, found = traced(model, x)
-        assert output.dtype == dtype
-        assert_near(output, expected, found, groups)
+            output, found = traced(case, model, x)
+            assert output.dtype == case.run(host, x).dtype
+        assert_near(output, expected, found, groups, dtype)
 
 
 @question
 def low_precision_weights_run(case):
     """Converted after reduce_ and before it."""
-    expected, groups = traced(case.reduced(), zoo.images())
+    expected, groups = traced(case, case.reduced(), zoo.images())
     for dtype in (torch.bfloat16, torch.float16):
         x, model = zoo.images().to(dtype), case.reduced().to(dtype)
-        output, found = traced(model, x)
+        output, found = traced(case, model, x)
         assert output.dtype == dtype
-        assert_near(output, expected, found, groups)
-        assert torch.equal(zoo.run(zoo.reduce(case.host().to(dtype), case.reducer), x), output)
+        assert_near(output, expected, found, groups, dtype)
+        assert torch.equal(case.run(zoo.reduce(case.host().to(dtype), case.reducer), x), output)
 
 
-def assert_near(found: Tensor, expected: Tensor, groups: Tensor | None, expected_groups: Tensor | None) -> None:
-    """Rounding may swap tokens of nearly equal score; where it did not, only rounding itself is allowed for."""
+def assert_near(found: Tensor, expected: Tensor, groups: Tensor | None, expected_groups: Tensor | None, dtype: torch.dtype) -> None:
+    """Rounding to dtype may swap tokens of nearly equal score; where it did not, only rounding itself is allowed for."""
     same = torch.ones(len(found), dtype=torch.bool) if groups is None else (groups == expected_groups).flatten(1).all(dim=1)
     distances = (found.float() - expected).norm(dim=1) / expected.norm(dim=1)
-    allowed = torch.where(same, 0.05 if found.dtype == torch.bfloat16 else 0.005, 0.8)
+    allowed = torch.where(same, 0.05 if dtype == torch.bfloat16 else 0.005, 0.8)
     assert (distances < allowed).all(), f"{distances} of the float32 outputs away from them, where {same} have the same groups"
 
 
 @question
 def gradients_reach_input_and_parameters(case):
-    model = case.reduced().train()
-    found = gradients(model, zoo.images())
-    host_parameters = [name for name, _ in model.named_parameters() if not name.startswith("token_reducer.")]
-    assert [name for name in host_parameters if name not in found] == []
+    """All that they reach in the host unreduced."""
+    x, model = zoo.images(), case.reduced().train()
+    found, dense = (case.gradients(m, x) for m in (model, case.host().train()))
+    assert [name for name in found if not name.startswith("token_reducer.")] == list(dense)
     assert all(found[name].isfinite().all() for name in found)
-    silent = {name for name in ("", *host_parameters) if not found[name].any()}
-    assert silent == set(), "parameters without any gradient"
+    assert {name for name in dense if not found[name].any()} == {name for name in dense if not dense[name].any()}
 
 
 @question
 def inference_leaves_no_tensors_behind(case):
     model = case.reduced()
     own = {id(v) for v in [*model.parameters(), *model.buffers()]}
-    zoo.run(model, zoo.images())
+    case.run(model, zoo.images())
     assert [tuple(v.shape) for v in tensors_within(model) if id(v) not in own] == []
 
 
@@ -450,14 +530,14 @@ def functional_call_with_other_weights(case):
     model, x = case.reduced(), zoo.images()
     other = case.reduced(seed=1)
     with torch.no_grad():
-        output = torch.func.functional_call(model, dict(other.named_parameters()), (x,))
-    torch.testing.assert_close(output, zoo.run(other, x), **CLOSE)
+        output = torch.func.functional_call(Entry(case, model), dict(Entry(case, other).named_parameters()), (x,))
+    torch.testing.assert_close(output, case.run(other, x), **CLOSE)
 
 
 @slow_question
 def macs_fall_and_nothing_else_changes(case):
     model, host, x = case.reduced(), case.host(), zoo.images()
-    dense, before, expected = sv.macs(host), snapshot(model), zoo.run(model, x)
+    dense, before, expected = sv.macs(host), snapshot(model), case.run(model, x)
     assert sv.macs(model) < dense if case.reducer.stages(zoo.DEPTH) else sv.macs(model) == dense
     assert_same_snapshot(snapshot(model), before)
-    assert torch.equal(zoo.run(model, x), expected)
+    assert torch.equal(case.run(model, x), expected)
