@@ -46,6 +46,9 @@ class State:
     positional: bool  # whether blocks are told the place of every token, as with rotary embeddings
     grid: bool  # whether the model puts out the full grid again
     averaging: bool = False  # whether the caller of the tower that runs now takes the plain mean of its patch tokens
+    unmasked: bool = (
+        False  # whether the caller of the tower that runs now gave it no mask, so that one its blocks get hides nothing
+    )
     trace: Any = None
     slots: list[Carry | None] = field(default_factory=list)  # one for each stage
     thread: int = 0  # in which the running forward began, where known
@@ -87,7 +90,7 @@ class State:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "slots": [None] * len(self.stages), "trace": None, "averaging": False}
+        return {**vars(self), "slots": [None] * len(self.stages), "trace": None, "averaging": False, "unmasked": False}
 
 
 @dataclass(eq=False)
@@ -254,6 +257,8 @@ def _per_token(block: ReducedBlock, args: tuple[Any, ...], kwargs: dict[str, Any
     """Of what a block was called with beside its tokens, what has a row per patch token. Flags are left to the host's hooks."""
     site, cut = block.squeezevit_site, block.squeezevit_cut
     given = {**dict(zip(cut.parameters, args, strict=False)), **kwargs}
+    if site.state.unmasked:
+        given.pop("attention_mask", None)
     masks = [n for n, v in given.items() if n not in site.per_token and (_has_rows(v) or (n == "is_causal" and v))]
     if masks:
         raise UnsupportedError(

@@ -41,9 +41,12 @@ class Tower:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.squeezevit_state  # type: ignore[attr-defined]
         averaged, state.averaging = state.averaging, False
+        # Hugging Face's towers make a mask of nothing but True while they are exported
+        state.unmasked = len(args) < 2 and all(v is None for k, v in kwargs.items() if k.endswith("attention_mask"))
         needs_trace = state.grid and state.stages and state.trace is None
         with Trace(self) if needs_trace else nullcontext(state.trace) as t:  # type: ignore[arg-type]
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        state.unmasked = False
         tokens = out if isinstance(out, Tensor) else out[0]
         if state.trace is not None:
             state.trace.tokens = self.normed(tokens)[:, state.prefix :]
