@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from squeezevit import ops
 from squeezevit.errors import ConfigError, UnsupportedError
-from squeezevit.families import Cut, Host, cut, host_of, knows, load_families, per_token
+from squeezevit.families import Cut, Host, cut, host_class, host_of, knows, load_families, per_token
 from squeezevit.modes import evaluation_mode
 from squeezevit.predictor import ScoreHeads
 from squeezevit.reducer import (
@@ -46,9 +46,7 @@ class State:
     positional: bool  # whether blocks are told the place of every token, as with rotary embeddings
     grid: bool  # whether the model puts out the full grid again
     averaging: bool = False  # whether the caller of the tower that runs now takes the plain mean of its patch tokens
-    unmasked: bool = (
-        False  # whether the caller of the tower that runs now gave it no mask, so that one its blocks get hides nothing
-    )
+    unmasked: bool = False  # whether the tower that runs now was given no mask, so that one its blocks get hides nothing
     trace: Any = None
     slots: list[Carry | None] = field(default_factory=list)  # one for each stage
     thread: int = 0  # in which the running forward began, where known
@@ -425,7 +423,7 @@ def _heads(model: nn.Module, host: Host, reducer: Reducer, stages: int) -> Score
 
 def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
     """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be."""
-    base = vars(type(block)).get("squeezevit_base", type(block))
+    base = host_class(block)
     name = f"{base.__module__}.{base.__qualname__}"
     if not knows(base):
         raise UnsupportedError(

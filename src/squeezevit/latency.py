@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from squeezevit.attach import reduce_, restore_
 from squeezevit.bench.machine import machine, versions
+from squeezevit.bench.run import forward, images, share_weights
 from squeezevit.bench.timing import alternate
 from squeezevit.families import cut, host_of
 from squeezevit.macs import fake_trace
@@ -61,27 +62,6 @@ class Profile:
             if t <= b:
                 return low + (high - low) * (t - a) / (b - a) if t >= a else low
         return seconds[-1]
-
-
-def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None = None) -> Tensor:
-    """Noise of the size and kind a model takes: [B, channels, height, width]."""
-    h, like = host_of(model), next(model.parameters())
-    size = h.image_size if image_size is None else image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    noise = torch.randn(batch_size, h.channels, height, width, generator=torch.Generator().manual_seed(0))
-    return noise.to(like.device, like.dtype)
-
-
-def forward(model: nn.Module, x: Tensor, precision: str) -> Callable[[], Any]:
-    """A forward of the part that takes images, in inference mode."""
-    tower = host_of(model).tower
-    runs = model if tower is None else tower
-
-    def run() -> Any:
-        with torch.inference_mode(), autocast(x.device, precision):
-            return runs(x)
-
-    return run
 
 
 def profile(
@@ -145,8 +125,6 @@ def ratio(
     model: nn.Module, reducer: Reducer, batch_size: int, image_size: int | tuple[int, int] | None = None, precision: str = "fp32"
 ) -> tuple[float, float]:
     """Measured: seconds of the reduced model, and its share of the unreduced one's, alternating. The model is left unreduced."""
-    from squeezevit.bench.run import share_weights
-
     restore_(model.eval())
     x = images(model, batch_size, image_size)
     cases = {r: forward(reduce_(share_weights(model), r), x, precision) for r in (Identity(), reducer)}

@@ -1,15 +1,18 @@
 """Settings that were found by measuring, by name."""
 
+from dataclasses import replace
+from typing import cast
+
 from torch import nn
 
 from squeezevit.errors import ConfigError
 from squeezevit.plan import plan
-from squeezevit.reducer import Reducer
-from squeezevit.reducers import Squeeze
+from squeezevit.reducer import Reducer, Staged
+from squeezevit.reducers.names import staged
 
-PRESETS = {
+PRESETS: dict[str, Staged] = {
     # a little in every block; what goes always has a more important twin that stays; docs/training-free.md
-    "training-free": Squeeze(score="redundancy", fuse="mass", at="every"),
+    "training-free": cast(Staged, staged("training-free", 0.7)),
 }
 _DEPTH, _TOKENS, _CHANNELS, _PATCH = 12, 196, 384, 768  # ViT-S/16 at 224 pixels
 
@@ -37,13 +40,13 @@ def preset(
     while high - low > 1e-4:
         middle = (low + high) / 2
         low, high = (middle, high) if _share(template, middle) <= macs else (low, middle)
-    return type(template)(**{**vars(template), "keep": round(low, 4)})
+    return replace(template, keep=round(low, 4))
 
 
-def _share(template: Squeeze, keep: float) -> float:
+def _share(template: Staged, keep: float) -> float:
     """Of the reference's multiply-adds, without what scoring and matching cost."""
     C, now = _CHANNELS, _TOKENS
-    stages = type(template)(**{**vars(template), "keep": keep})
+    stages = replace(template, keep=keep)
     at = stages.stages(_DEPTH)
     total = dense = _PATCH * C * now
     for block in range(_DEPTH):

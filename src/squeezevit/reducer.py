@@ -130,13 +130,18 @@ class Stage:
         """Patch tokens by index: [B, R] -> [B, R, C]."""
         return ops.take(self.tokens, index + self.prefix)
 
-    def squeeze(self, kept: Tensor, pruned: Tensor, by_mass: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    def squeeze(
+        self, kept: Tensor, pruned: Tensor, by_mass: bool = False, alike: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Squeeze the pruned into the kept: tokens [B, P + K, C], hosts [B, R], and the masses [B, P + K] if by mass.
+
+        alike: what patch tokens are matched by, [B, N, D], where that is not they themselves.
 
         Prefix tokens ride along as reserved tokens that host nobody, which `ops.fuse` returns bit for bit: no second copy.
         """
         tokens, gone = self.keep(kept), self.take(pruned)
-        hosts, cosine = ops.match(tokens[:, self.prefix :], gone)
+        pair = (tokens[:, self.prefix :], gone) if alike is None else (ops.take(alike, kept), ops.take(alike, pruned))
+        hosts, cosine = ops.match(*pair)
         if by_mass:
             merged, mass = self.merge_by_mass(tokens, gone, kept, pruned, hosts)
             return merged, hosts, mass

@@ -121,9 +121,14 @@ class Trace:
                 f"scatter_back takes the {expected} patch tokens that left the last stage, [B, {expected}, C], got "
                 f"{list(tokens.shape)}; leave out the {self.prefix} prefix tokens: tokens[:, {self.prefix}:]"
             )
-        groups = self.groups[..., None]
-        grid = tokens.gather(1, groups.clamp(min=0).expand(-1, -1, tokens.shape[-1]))
-        return grid.masked_fill(groups < 0, fill)
+        return spread(tokens, self.groups, fill)
+
+
+def spread(tokens: Tensor, groups: Tensor, fill: float = 0.0) -> Tensor:
+    """For every patch the token of its group, `fill` where that is -1: [B, K, C], [B, N0] -> [B, N0, C]."""
+    groups = groups[..., None]
+    grid = tokens.gather(1, groups.clamp(min=0).expand(-1, -1, tokens.shape[-1]))
+    return grid.masked_fill(groups < 0, fill)
 
 
 def trace(model: nn.Module) -> Trace:

@@ -62,8 +62,8 @@ def measure(
     bounds = {r: _limit(variant, r, image_size) for r, variant in variants.items()} if limits else {}
     for bound in {b for b in bounds.values() if b is not None}:
         variants[bound] = reduce_(share_weights(model), bound)
-    images = _images(model, batch_size, image_size)
-    cases = {r: _forward(variant, images, precision) for r, variant in _neighbours(variants, bounds).items()}
+    x = images(model, batch_size, image_size)
+    cases = {r: forward(variant, x, precision) for r, variant in _neighbours(variants, bounds).items()}
     times = alternate(cases, rounds, device=device, progress=progress)
 
     def speed(r: Reducer) -> Speed:
@@ -99,18 +99,22 @@ def _neighbours(variants: dict[Reducer, nn.Module], bounds: dict[Reducer, Slice 
     return order
 
 
-def _images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None) -> torch.Tensor:
+def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None = None) -> torch.Tensor:
+    """Noise of the size and kind a model takes: [B, channels, height, width]."""
     host, like = host_of(model), next(model.parameters())
     size = host.image_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, host.channels, height, width, generator=generator)
-    return images.to(like.device, like.dtype)
+    noise = torch.randn(batch_size, host.channels, height, width, generator=generator)
+    return noise.to(like.device, like.dtype)
 
 
-def _forward(model: nn.Module, images: torch.Tensor, precision: str) -> Callable[[], Any]:
+def forward(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[], Any]:
+    """A forward of the part that takes images, in inference mode."""
+    runs = host_of(model).tower or model
+
     def run() -> Any:
-        with torch.inference_mode(), autocast(images.device, precision):
-            return model(images)
+        with torch.inference_mode(), autocast(x.device, precision):
+            return runs(x)
 
     return run

@@ -163,6 +163,11 @@ def per_token(block: nn.Module, dim: int) -> tuple[str, ...]:
     return tuple(name for name, value in trial.items() if isinstance(value, Tensor | tuple))
 
 
+def host_class(module: nn.Module) -> type:
+    """The host's own class of a module, whether it is reduced or not."""
+    return vars(type(module)).get("squeezevit_base", type(module))
+
+
 def knows(block_class: type) -> bool:
     """Whether both halves of a block class are registered."""
     return all(half.dispatch(block_class) is not half.dispatch(object) for half in (attn_half, mlp_half))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squeezevit.trace import Trace
+from squeezevit.trace import Trace, spread
 
 
 def weighted(x: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
@@ -27,9 +27,7 @@ def on_grid(x: Tensor, t: Trace, blocks: int) -> Tensor:
     stage = sum(s.block < blocks for s in t.stages) - 1
     if stage < 0:
         return x
-    groups = t.groups_after(stage)[..., None]
-    patches = x[:, t.prefix :].gather(1, groups.clamp(min=0).expand(-1, -1, x.shape[-1])).masked_fill(groups < 0, 0)
-    return torch.cat([x[:, : t.prefix], patches], dim=1)
+    return torch.cat([x[:, : t.prefix], spread(x[:, t.prefix :], t.groups_after(stage))], dim=1)
 
 
 class Tower:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from squeezevit.errors import UnsupportedError
-from squeezevit.families import Host, arguments, attention, attn_half, host, is_plain, knows, mlp_half
+from squeezevit.families import Host, arguments, attention, attn_half, host, host_class, is_plain, knows, mlp_half
 from squeezevit.families.table import TOWERS, refusal
 from squeezevit.families.tokens import Averaging, Tower, WeightedPooling
 from squeezevit.reducer import Attention
@@ -82,11 +82,7 @@ def _register(layer: type, layout: _Layout) -> None:
 
 
 def _rotates(block: nn.Module) -> bool:
-    return hasattr(sys.modules[_host_class(block).__module__], "apply_rotary_pos_emb")
-
-
-def _host_class(module: nn.Module) -> type:
-    return vars(type(module)).get("squeezevit_base", type(module))
+    return hasattr(sys.modules[host_class(block).__module__], "apply_rotary_pos_emb")
 
 
 def _through(block: Any, names: tuple[str, ...], y: Tensor) -> Tensor:
@@ -100,7 +96,7 @@ def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] 
         y = linear(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
         if position_embeddings is None or y.shape[2] == 1:  # a class token alone, which has no place
             return y
-        return sys.modules[_host_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
+        return sys.modules[host_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
 
     scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
     plain = position_embeddings is None and is_plain(attn.k_proj)
@@ -162,7 +158,7 @@ def _(model: PreTrainedModel) -> Host:
         mixins.append((head, WeightedPooling))
     size = getattr(config, "image_size", None) or config.patch_size * round(config.num_patches**0.5)
     return Host(
-        blocks=tuple(m for m in tower.modules() if knows(_host_class(m))),
+        blocks=tuple(m for m in tower.modules() if knows(host_class(m))),
         prefix=TOWERS[_name(tower, TOWERS)] + getattr(config, "num_register_tokens", 0),  # type: ignore[index]
         class_token=TOWERS[_name(tower, TOWERS)] > 0,  # type: ignore[index]
         dim=config.hidden_size,

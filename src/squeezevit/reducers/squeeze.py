@@ -56,17 +56,8 @@ class Squeeze(Staged):
     def reduce(self, s: Stage) -> Reduction:
         scores = self.ranking(s)
         kept, pruned = ops.split(scores, s.k)
-        tokens, gone = s.keep(kept), s.take(pruned)
-        alike = (tokens[:, s.prefix :], gone)
-        if self.match == "keys":
-            keys = s.keys()
-            alike = ops.take(keys, kept), ops.take(keys, pruned)
-        hosts, cosine = ops.match(*alike)
-        if self.weighs:
-            merged, mass = s.merge_by_mass(tokens, gone, kept, pruned, hosts)
-            return Reduction(merged, kept, pruned, hosts, scores, mass)
-        fused = ops.fuse(tokens, gone, hosts + s.prefix, *ops.squeeze_weights(tokens, cosine))
-        return Reduction(fused, kept, pruned, hosts, scores)
+        tokens, hosts, mass = s.squeeze(kept, pruned, self.weighs, s.keys() if self.match == "keys" else None)
+        return Reduction(tokens, kept, pruned, hosts, scores, mass)
 
     def ranking(self, s: Stage) -> Tensor:
         """Scores of the patch tokens, [B, N] float32."""
