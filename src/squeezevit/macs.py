@@ -57,8 +57,8 @@ class _ImagesAlone(nn.Module):
         self.model = model
         self.runs = [runs]  # not a second child
 
-    def forward(self, image: torch.Tensor) -> object:
-        return self.runs[0](image)
+    def forward(self, *inputs: torch.Tensor) -> object:
+        return self.runs[0](*inputs)
 
 
 def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) -> None:
@@ -72,7 +72,7 @@ def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) ->
     image = torch.empty(1, host.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
     with torch.no_grad(), evaluation_mode(model):
         try:
-            functional_call(model, shapes, (image,))
+            functional_call(model, shapes, (image,) if host.inputs is None else host.inputs(image))
         except (AssertionError, RuntimeError) as error:
             if any("quantized" in type(module).__module__ for module in model.modules()):
                 raise ConfigError(

@@ -111,10 +111,11 @@ def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] 
 
 def forward(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[], Any]:
     """A forward of the part that takes images, in inference mode."""
-    runs = host_of(model).tower or model
+    host = host_of(model)
+    runs, inputs = host.tower or model, (x,) if host.inputs is None else host.inputs(x)
 
     def run() -> Any:
         with torch.inference_mode(), autocast(x.device, precision):
-            return runs(x)
+            return runs(*inputs)
 
     return run

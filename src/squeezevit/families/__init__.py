@@ -70,6 +70,7 @@ class Host:
     mixins: tuple[tuple[nn.Module, type], ...] = ()  # put in front of modules' classes, for what they do with tokens afterwards
     pooled: bool = False  # whether a mixin asks for the tokens' weights, which the last block then leaves for it
     tower: nn.Module | None = None  # the part that takes images alone, where the model itself takes more
+    inputs: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # from images [B, channels, H, W], where it takes something else
     grids: bool = False  # whether the mixins can put the full grid out again
     refuse_mass: str = ""  # why masses cannot be respected, if they cannot
 

@@ -85,7 +85,7 @@ TABLE = (
         "transformers",
         "transformers",
         "5.18",
-        "5.24",
+        "5.25",
         tuple(TOWERS),
         {
             "BeitModel": _RELATIVE,

@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -168,7 +170,17 @@ def _(model: PreTrainedModel) -> Host:
         grids=True,
         pooled=averages or head is not None,
         tower=None if model.main_input_name == "pixel_values" else tower,
+        inputs=partial(_patches, config.patch_size) if _name(tower, ("Siglip2VisionModel",)) else None,
     )
+
+
+def _patches(side: int, images: Tensor) -> tuple[Tensor, ...]:
+    """What SigLIP 2 takes: pixels of each patch [B, N, side * side * channels], a mask without padding, and the grid's shape."""
+    pixels = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
+    B, rows, columns = pixels.shape[:3]
+    device = None if images.is_meta else images.device  # the model reads values of both
+    mask = torch.ones(B, rows * columns, dtype=torch.int64, device=device)
+    return pixels.reshape(B, rows * columns, -1), mask, torch.tensor([[rows, columns]], device=device).expand(B, -1)
 
 
 def _name(model: nn.Module, names: Iterable[str]) -> str | None:
