@@ -79,7 +79,7 @@ def test_the_command_searches_on_a_folder(tmp_path, capsys, monkeypatch):
     assert "images not searched on" in said and "of the multiply-adds, 3 candidates" in said and (tmp_path / "found.json").is_file()
     with pytest.raises(SystemExit, match="2"):
         cli.main([*options, "--latency", "0.6", "--calibrate", str(tmp_path / "photos")])
-    assert "give --macs, and no other budget" in " ".join(capsys.readouterr().err.split())
+    assert "give --macs, no other budget and no --curve" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_without_images_is_named(tmp_path):

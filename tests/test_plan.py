@@ -1,6 +1,7 @@
 """Budgets become reducers: shares of multiply-adds exactly, shares of time by what was measured."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import zoo
 from squeezevit import latency
 from squeezevit.errors import ConfigError
 from squeezevit.latency import Profile
+from squeezevit.macs import token_counts
 from squeezevit.plan import make_plan
 
 REDUCERS = [sv.ETPS, sv.ETPS(mass=True), sv.DTPS, sv.EViT, sv.TopK, sv.ToMe, sv.Random, sv.ETPS(at=(2, 4, 6, 8))]
@@ -63,6 +65,36 @@ def test_stages_may_be_given_or_moved_forward_to_reach_a_budget(deit):
         sv.plan(deit, sv.TopK, macs=0.2)
     found = make_plan(deit, sv.TopK, macs=0.2, at="auto")
     assert found.reducer.at == (1, 4, 7) and abs(found.macs_share - 0.2) < 0.005
+
+
+CURVES = {  # the share of tokens left on the way down, and the way of a share
+    "geometric": (lambda way: math.exp(-way), lambda left: -math.log(left)),
+    "linear": (lambda way: max(1 - way, 0), lambda left: 1 - left),
+    "cosine": (lambda way: (1 + math.cos(math.pi * min(way, 1))) / 2, lambda left: math.acos(2 * left - 1) / math.pi),
+}
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("share", [0.65, 0.4])
+def test_tokens_fall_along_a_curve_over_all_blocks(deit, curve, share):
+    found = make_plan(deit, sv.ETPS(mass=True), macs=share, curve=curve)
+    assert abs(found.macs_share - share) <= 0.005 and found.reducer.at == tuple(range(12)) and found.reducer.mass
+    left = found.reducer.targets(12)
+    falls, way = CURVES[curve]
+    steepness = way(left[3]) / 4
+    assert left == pytest.approx([falls(steepness * (i + 1)) for i in range(12)], abs=0.01)
+    counts = token_counts(sv.reduce_(deit, found.reducer))
+    sv.restore_(deit)
+    assert all(0 <= n - 196 * expected <= 12 for n, expected in zip(counts[1:], left, strict=True)), "rounded up at each block"
+
+
+def test_a_curve_takes_the_place_of_stages(deit):
+    with pytest.raises(ConfigError, match=r"curve='steep' is not known; choose from geometric, linear, cosine"):
+        sv.plan(deit, sv.ETPS, macs=0.5, curve="steep")
+    with pytest.raises(ConfigError, match=r"curve='linear' .* but at=\(3, 6\) is given; leave one of them out"):
+        sv.plan(deit, sv.ETPS, macs=0.5, curve="linear", at=(3, 6))
+    with pytest.raises(ConfigError, match=r"curve='linear' .* but ToMe has no keep ratios"):
+        sv.plan(deit, sv.ToMe, macs=0.5, curve="linear")
 
 
 def test_a_profile_adds_halves_stages_and_the_rest():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from squeezevit import ops
 from squeezevit.errors import ConfigError, UnsupportedError
-from squeezevit.families import Cut, Host, cut, host_class, host_of, knows, load_families, per_token
+from squeezevit.families import Cut, Host, Keep, cut, host_class, host_of, knows, load_families, per_token
 from squeezevit.modes import evaluation_mode
 from squeezevit.predictor import ScoreHeads
 from squeezevit.reducer import (
@@ -102,6 +102,7 @@ class Site:
     last: bool  # no later block reads the slots
     pooled: bool  # but pooling may
     per_token: tuple[str, ...]  # arguments of the block that have a row for each patch token
+    keeps: tuple[Keep, ...] = ()  # of the projections whose results the stage takes from the block's attention
     seen: int = 0  # address of the block's input in the last forward; see `_check_owner`
 
     def carry_in(self, x: Tensor, training: bool) -> Carry:
@@ -236,6 +237,8 @@ class ReducedBlock(_Subclass):
             y = ops.take(y, leaving)
         if place == "between":
             y = site.reduce(self, x, y, carry, here)[0].tokens
+            for keep in site.keeps:
+                keep.drop()
         y = cut.mlp_half(self, y)
         site.leave(y, training)
         return y
@@ -334,19 +337,23 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
     _refuse(model, host, reducer)
     if grid and not host.grids:
         raise UnsupportedError(f"{type(model).__name__} puts no full grid out (grid=True); use sv.trace and its scatter_back")
+    folds = {}
     for i in range(stages[0] if stages else depth, depth):  # later blocks see fewer tokens, too
-        prove(host.blocks[i], i, host.prefix, host.dim, reducer.scored and i in stages)
+        folds[i] = prove(host.blocks[i], i, host.prefix, host.dim, reducer.scored and i in stages)
     rows = [per_token(block, host.dim) for block in host.blocks]
     touched = _touched(reducer, stages, depth, any(rows))
     heads = _heads(model, host, reducer, len(stages))
     restore_(model)
     state = State(reducer, host.prefix, host.class_token, heads, stages, any(rows), grid)
+    by_class = host.class_token and getattr(reducer, "score", None) != "received"
     for i in touched:
         block = host.blocks[i]
         stage = stages.index(i) if i in stages else None
         block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
         before = sum(s < i for s in stages)
-        site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.pooled, per_token=rows[i])
+        needs_keys = stage is not None and reducer.scored and (reducer.place == "between") and not (folds[i] and by_class)
+        keeps = _keep_(block) if needs_keys else ()
+        site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.pooled, per_token=rows[i], keeps=keeps)
         block.squeezevit_site = site  # type: ignore[assignment]
     for module, mixin in host.mixins:
         module.__class__ = _subclass(cast(Any, type(module)), mixin)
@@ -382,9 +389,19 @@ def restore_(model: Model) -> Model:
             module.__class__ = base
         for name in ("squeezevit_site", "squeezevit_state"):
             vars(module).pop(name, None)
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Keep)]:
+            del module._forward_hooks[key]
         if isinstance(module._modules.get("token_reducer"), ScoreHeads):
             del module.token_reducer
     return model
+
+
+def _keep_(block: nn.Module) -> tuple[Keep, ...]:
+    projections = cut(type(block)).projections(block)
+    keeps = tuple(Keep() for _ in projections)
+    for projection, keep in zip(projections, keeps, strict=True):
+        projection.register_forward_hook(keep)
+    return keeps
 
 
 def _refuse(model: nn.Module, host: Host, reducer: Reducer) -> None:
@@ -421,8 +438,11 @@ def _heads(model: nn.Module, host: Host, reducer: Reducer, stages: int) -> Score
     return ScoreHeads(keep, host.dim, like.device, dtype).train(model.training)
 
 
-def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
-    """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be."""
+def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> bool:
+    """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be.
+
+    Returns whether scores by the class token need no keys, as far as asked.
+    """
     base = host_class(block)
     name = f"{base.__module__}.{base.__qualname__}"
     if not knows(base):
@@ -438,9 +458,9 @@ def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> 
         )
     if next(block.parameters()).is_meta:
         logger.warning("block %d is on the meta device: its cut is not proved; call reduce_ again after loading weights", index)
-        return
+        return True
     try:
-        _prove_halves(base, block, index, prefix, dim, scored)
+        return _prove_halves(base, block, index, prefix, dim, scored)
     except (TypeError, AttributeError) as error:  # a host of another version has other names
         if isinstance(error, UnsupportedError):
             raise
@@ -451,7 +471,7 @@ def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> 
 
 
 @torch.no_grad()
-def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
+def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> bool:
     """The bias is proved by what it is used for: a token with log(2) must count as much as the same token twice."""
     own, parameter = cut(base), next(block.parameters())
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
@@ -462,8 +482,9 @@ def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int
         whole = base.forward(block, x, **arguments)
         halves = own.mlp_half(block, own.attn_half(block, x, **given))
         _require_close(base, index, whole, halves, "its two halves do not add up to its forward")
-        if scored:
-            _prove_attention(base, index, own.attention(block, x, **given))
+        evidence = own.attention(block, x, **given) if scored else None
+        if evidence is not None:
+            _prove_attention(base, index, evidence)
         x[:, -1] = x[:, -2]
         twice = {name: _rows(value, (0, 1, 2, 3, 4, 4)) for name, value in given.items()}
         once = {name: _rows(value, (0, 1, 2, 3, 4)) for name, value in given.items()}
@@ -472,6 +493,7 @@ def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int
         counted = own.attn_half(block, x[:, :-1], bias, **once)
         expected = own.attn_half(block, x, **twice)[:, :-1]
         _require_close(base, index, expected, counted, "its attention does not take an additive bias")
+    return evidence is None or evidence.key_weight is not None
 
 
 def _rows(value: Any, rows: tuple[int, ...]) -> Any:

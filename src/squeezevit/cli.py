@@ -302,6 +302,9 @@ def plan(
     at: Annotated[
         str | None, typer.Option(help="Stages, as 3,6,9, or auto: the latest that reach the budget.", show_default="the method's")
     ] = None,
+    curve: Annotated[
+        str | None, typer.Option(help="A stage in every block: geometric, linear or cosine, how the tokens left fall.")
+    ] = None,
     batch_size: BatchSize = 1,
     image_size: ImageSize = None,
     device: Device = "cpu",
@@ -337,8 +340,8 @@ def plan(
     template: Any = ToMe() if method.lower() == "tome" else staged(method, 0.5)
     stages = at if at in (None, "auto") else _blocks(at)
     if calibrate is not None:
-        if macs is None or latency is not None or images_per_second is not None:
-            raise ConfigError("--calibrate searches at one share of the multiply-adds: give --macs, and no other budget")
+        if macs is None or latency is not None or images_per_second is not None or curve is not None:
+            raise ConfigError("--calibrate searches at one share of the multiply-adds: give --macs, no other budget and no --curve")
         net = _reduced_model(model, pretrained, checkpoint, "identity", "1", None, None, image_size)[0]
         template = template if stages in (None, "auto") else replace(template, at=stages)
         _write_json(json_file, _calibrate(_to_device(net, device), template, macs, calibrate, images, image_size, batch_size))
@@ -347,7 +350,7 @@ def plan(
     with console.status("measuring"):
         found = make_plan(
             net, template, macs=macs, latency=latency, images_per_second=images_per_second, batch_size=batch_size,
-            image_size=image_size, precision=precision, at=stages, fresh=fresh,
+            image_size=image_size, precision=precision, at=stages, curve=curve, fresh=fresh,
         )  # fmt: skip
     console.print(str(found), highlight=False)
     _write_json(json_file, {**_setting(device), "model": model, **asdict(found), "reducer": repr(found.reducer)})

@@ -1,6 +1,7 @@
 """From a budget to a reducer: a share of the multiply-adds, a share of the time on this device, or images a second."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -8,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from squeezevit.attach import reduce_, restore_
+from squeezevit.attach import reduce_, restore_, retune_
 from squeezevit.errors import ConfigError
 from squeezevit.families import host_of
 from squeezevit.macs import fake_trace, macs, token_counts
@@ -18,6 +19,11 @@ from squeezevit.reducers.names import check_method, staged
 
 TOLERANCE = 0.004  # of the unreduced model's MACs
 WITHIN = 0.03  # of the time asked for, of a plan that needs no second look
+CURVES: dict[str, Callable[[float], float]] = {  # the share of tokens left, where the way down is 0 at the first block
+    "geometric": lambda way: math.exp(-way),
+    "linear": lambda way: 1 - way,
+    "cosine": lambda way: (1 + math.cos(math.pi * min(way, 1.0))) / 2,
+}
 logger = logging.getLogger(__name__)
 Make = Callable[[float], Reducer]  # from a strength of 0 (all tokens stay) to 1 (as few as the method can)
 
@@ -60,13 +66,15 @@ def make_plan(
     image_size: int | tuple[int, int] | None = None,
     precision: str = "fp32",
     at: Sequence[int] | str | None = None,
+    curve: str | None = None,
     fresh: bool = False,
 ) -> Plan:
     """Choose the keep ratio (for ToMe r) of a kind of reducer for a budget on this model. The model is left unreduced.
 
     reducer: a class, or a reducer whose other options stay. One budget: macs, the share of the unreduced model's multiply-adds;
     latency, the share of its time a batch of `batch_size` on the model's own device; images_per_second, there. at: stages, "auto"
-    for the latest evenly spaced ones that reach the budget, or None for the reducer's own.
+    for the latest evenly spaced ones that reach the budget, or None for the reducer's own. curve: a stage in every block instead,
+    the tokens left falling along a "geometric", "linear" or "cosine" curve, whose steepness is planned.
     For times the model's blocks are timed at a few token counts (kept in a cache file by model, device, versions and setting;
     `fresh` measures again), the plan is verified by a measurement, and made anew from it where it misses by over 3 %.
     Raises ConfigError where the budget cannot be reached, saying what can.
@@ -82,12 +90,13 @@ def make_plan(
         raise ConfigError(f"{name}={value!r} is no budget; give {kind}")
     restore_(model)
     template = reducer() if isinstance(reducer, type) else reducer
-    tries = _placements(template, at, len(host_of(model).blocks))
+    depth = len(host_of(model).blocks)
+    tries = [_curved(template, at, curve, depth)] if curve is not None else _placements(template, at, depth)
     for i, candidate in enumerate(tries):
         try:
             if macs is not None:
-                return _for_macs(model, candidate, macs, image_size)
-            setting = (batch_size, image_size, precision, fresh)
+                return _for_macs(model, candidate, macs, image_size, curve)
+            setting = (batch_size, image_size, precision, curve, fresh)
             return _for_time(model, candidate, latency, images_per_second, *setting)
         except ConfigError:
             if i + 1 == len(tries):
@@ -112,7 +121,24 @@ def _placements(template: Reducer, at: Sequence[int] | str | None, depth: int) -
     return [replace(template, keep=0.5, at=blocks) for blocks in spaced]
 
 
-def _maker(model: nn.Module, template: Reducer, image_size: int | tuple[int, int] | None) -> Make:
+def _curved(template: Reducer, at: object, curve: str, depth: int) -> Reducer:
+    if curve not in CURVES:
+        raise ConfigError(f"curve={curve!r} is not known; choose from {', '.join(CURVES)}")
+    if not isinstance(template, Staged) or at is not None:
+        why = f"at={at!r} is given" if at is not None else f"{type(template).__name__} has no keep ratios"
+        raise ConfigError(f"curve={curve!r} spreads a keep ratio over all blocks, but {why}; leave one of them out")
+    return replace(template, keep=1.0, at=tuple(range(depth)))
+
+
+def _on_curve(template: Staged, curve: str, strength: float) -> Staged:
+    """The keep ratios that follow a curve down, from level at strength 0 to falling at once at 1."""
+    steepness = strength / max(1 - strength, 1e-4)
+    depth = len(template.at or ())
+    left = [1.0, *(max(CURVES[curve](steepness * (i + 1) / depth), 1e-4) for i in range(depth))]
+    return replace(template, keep=tuple(max(round(b / a, 4), 1e-4) for a, b in pairwise(left)))
+
+
+def _maker(model: nn.Module, template: Reducer, image_size: int | tuple[int, int] | None, curve: str | None = None) -> Make:
     if isinstance(template, ToMe):
         depth = len(host_of(model).blocks)
         patches = token_counts(reduce_(model, Random(keep=1.0)), image_size)[0]
@@ -120,11 +146,24 @@ def _maker(model: nn.Module, template: Reducer, image_size: int | tuple[int, int
         return lambda strength: tome(strength * patches / 2, depth)
     if not isinstance(template, Staged):
         raise ConfigError(f"{template} has no keep ratio to plan; give a reducer with one, as sv.ETPS")
+    if curve is not None:
+        return lambda strength: _on_curve(template, curve, strength)
     return lambda strength: replace(template, keep=max(round(1 - strength, 4), 1e-4))
 
 
-def _for_macs(model: nn.Module, template: Reducer, share: float, image_size: int | tuple[int, int] | None) -> Plan:
-    found = _meet_macs(model, _maker(model, template, image_size), share, type(template).__name__, image_size)
+def _tuned(model: nn.Module, reducer: Reducer) -> nn.Module:
+    """The model with the reducer in it; where only ratios differ from the one that is there, blocks are not proved again."""
+    try:
+        retune_(model, reducer)
+    except ConfigError:
+        reduce_(model, reducer)
+    return model
+
+
+def _for_macs(
+    model: nn.Module, template: Reducer, share: float, image_size: int | tuple[int, int] | None, curve: str | None
+) -> Plan:
+    found = _meet_macs(model, _maker(model, template, image_size, curve), share, type(template).__name__, image_size)
     own = macs(reduce_(model, found), image_size)
     return Plan(found, own / macs(restore_(model), image_size))
 
@@ -137,18 +176,18 @@ def _for_time(
     batch_size: int,
     image_size: int | tuple[int, int] | None,
     precision: str,
+    curve: str | None,
     fresh: bool,
 ) -> Plan:
     from squeezevit.latency import cached_profile, ratio
 
-    make = _maker(model, template, image_size)
+    make = _maker(model, template, image_size, curve)
     profile = cached_profile(model, make(0.5), batch_size, image_size, precision, fresh)
     dense = profile.seconds(Identity(), (), (profile.tokens[-1] - profile.prefix,))
     wanted = latency * dense if latency is not None else batch_size / float(images_per_second or 1)
 
     def predicted(reducer: Reducer) -> float:
-        stages = fake_trace(reduce_(model, reducer), image_size).stages
-        restore_(model)
+        stages = fake_trace(_tuned(model, reducer), image_size).stages
         counts = (stages[0].n, *(s.n_out for s in stages)) if stages else (profile.tokens[-1] - profile.prefix,)
         return profile.seconds(reducer, tuple(s.block for s in stages), counts)
 
@@ -229,7 +268,7 @@ def tome_like_etps(
 
 def _meet_macs(model: nn.Module, make: Make, share: float, method: str, image_size: int | tuple[int, int] | None) -> Reducer:
     dense = macs(restore_(model), image_size)
-    return solve(make, lambda reducer: macs(reduce_(model, reducer), image_size) / dense, share, method)
+    return solve(make, lambda reducer: macs(_tuned(model, reducer), image_size) / dense, share, method)
 
 
 def solve(make: Callable[[float], Reducer], cost: Callable[[Reducer], float], share: float, method: str) -> Reducer:

@@ -21,6 +21,7 @@ block where they differ. `host` tells the same about a whole model.
 import importlib
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ __all__ = [
     "families",
     "host",
     "host_of",
+    "kept",
     "mlp_half",
+    "output",
+    "projections",
 ]
 _FAMILIES = {  # host module: the module of this package that is imported once the host's is
     "timm": "timm",
@@ -104,6 +108,12 @@ def attention(block: nn.Module, x: Tensor, **per_token: Any) -> Attention:
 
 
 @singledispatch
+def projections(block: nn.Module) -> tuple[nn.Module, ...]:
+    """The block's modules that make queries and keys: `attention` may take their results from `output`, not compute them again."""
+    return ()
+
+
+@singledispatch
 def arguments(block: nn.Module, patches: Tensor) -> dict[str, Any]:
     """What a block must be called with beside its tokens, for a trial with N patch tokens [N, C] of the wanted device and dtype.
 
@@ -148,6 +158,7 @@ class Cut:
     attn_half: Callable[..., Tensor]
     mlp_half: Callable[..., Tensor]
     attention: Callable[..., Attention]
+    projections: Callable[..., tuple[nn.Module, ...]]
     arguments: Callable[..., dict[str, Any]]
     parameters: tuple[str, ...]  # of the block's forward, behind its tokens
 
@@ -155,7 +166,8 @@ class Cut:
 def cut(block_class: type) -> Cut:
     parameters = tuple(inspect.signature(cast(Any, block_class).forward).parameters)[2:]
     halves = attn_half.dispatch(block_class), mlp_half.dispatch(block_class)
-    return Cut(*halves, attention.dispatch(block_class), arguments.dispatch(block_class), parameters)
+    evidence = attention.dispatch(block_class), projections.dispatch(block_class)
+    return Cut(*halves, *evidence, arguments.dispatch(block_class), parameters)
 
 
 def per_token(block: nn.Module, dim: int) -> tuple[str, ...]:
@@ -174,9 +186,44 @@ def knows(block_class: type) -> bool:
     return all(half.dispatch(block_class) is not half.dispatch(object) for half in (attn_half, mlp_half))
 
 
+class Keep:
+    """A forward hook that keeps what a projection put out until the stage behind it has taken it, apart for each thread."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, Tensor] = {}
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.outputs[_thread()] = output
+
+    def last(self) -> Tensor | None:
+        return self.outputs.get(_thread())
+
+    def drop(self) -> None:
+        self.outputs.pop(_thread(), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"outputs": {}}
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def kept(projection: nn.Module) -> Tensor | None:
+    """What a projection put out in the block's attention just now, where the block's stage asked for that to be kept."""
+    hook = next(reversed(projection._forward_hooks.values()), None)  # of an earlier one a later hook may have changed what it saw
+    return hook.last() if isinstance(hook, Keep) else None
+
+
+def output(projection: nn.Module, x: Tensor) -> Tensor:
+    """Of a projection on the first tokens that came into a block, [B, n, C]: what it kept, or else computed."""
+    known = kept(projection)
+    return projection(x) if known is None else known[:, : x.shape[1]]
+
+
 def is_plain(linear: nn.Module) -> bool:
     """Whether the module is exactly x W^T + b with an ordinary weight that may be sliced."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    hooked = linear._forward_pre_hooks or not all(isinstance(h, Keep) for h in linear._forward_hooks.values())
     return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not hooked
 
 

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from squeezevit.errors import CheckpointError, UnsupportedError
-from squeezevit.families import Host, arguments, attention, attn_half, convert, host, is_plain, mlp_half
+from squeezevit.families import Host, arguments, attention, attn_half, convert, host, is_plain, kept, mlp_half, output, projections
 from squeezevit.reducer import Attention
 
 
@@ -78,6 +78,15 @@ def _(block: EvaBlockPostNorm, x: Tensor, rope: Tensor | None = None) -> Attenti
     return _attention(block.attn, x, rope)
 
 
+@projections.register(Block)
+@projections.register(ResPostBlock)
+@projections.register(EvaBlock)
+@projections.register(EvaBlockPostNorm)
+def _(block: Any) -> tuple[nn.Module, ...]:
+    attn = block.attn
+    return (attn.q_proj, attn.k_proj) if getattr(attn, "qkv", None) is None else (attn.qkv,)
+
+
 @arguments.register(EvaBlock)
 @arguments.register(EvaBlockPostNorm)
 def _(block: Any, patches: Tensor) -> dict[str, Any]:
@@ -102,14 +111,14 @@ def _attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Attention:
 def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
     """Scaled queries (which = 0) or keys (which = 1): [B, T, C] -> [B, H, T, d]."""
     weight, bias = _weights(attn, which)
-    if weight is not None:
+    if attn.qkv is None:
+        y = output((attn.q_proj, attn.k_proj)[which], x)
+    elif weight is not None and kept(attn.qkv) is None:
         y = F.linear(x, weight, bias)
-    elif attn.qkv is not None:  # an adapter, a quantised leaf, a sharded weight: only the module itself knows
-        y = attn.qkv(x).chunk(3, dim=-1)[which]
+    else:  # an adapter, a quantised leaf, a sharded weight: only the module itself knows
+        y = output(attn.qkv, x).chunk(3, dim=-1)[which]
         own = _own_bias(attn, which)
         y = y if own is None else y + own
-    else:
-        y = (attn.q_proj, attn.k_proj)[which](x)
     y = y.unflatten(-1, (-1, _head_dim(attn))).transpose(1, 2)
     y = (attn.q_norm, attn.k_norm)[which](y)
     prefix = 0 if rope is None else attn.num_prefix_tokens

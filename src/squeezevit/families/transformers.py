@@ -10,7 +10,19 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from squeezevit.errors import UnsupportedError
-from squeezevit.families import Host, arguments, attention, attn_half, host, host_class, is_plain, knows, mlp_half
+from squeezevit.families import (
+    Host,
+    arguments,
+    attention,
+    attn_half,
+    host,
+    host_class,
+    is_plain,
+    knows,
+    mlp_half,
+    output,
+    projections,
+)
 from squeezevit.families.table import TOWERS, refusal
 from squeezevit.families.tokens import Averaging, Tower, WeightedPooling
 from squeezevit.reducer import Attention
@@ -74,6 +86,10 @@ def _register(layer: type, layout: _Layout) -> None:
     def _(block: Any, x: Tensor, **rotary: Any) -> Attention:
         return _attention(getattr(block, attn), getattr(block, norm1)(x), **rotary)
 
+    @projections.register(layer)
+    def _(block: Any) -> tuple[nn.Module, ...]:
+        return getattr(block, attn).q_proj, getattr(block, attn).k_proj
+
     @arguments.register(layer)
     def _(block: Any, patches: Tensor) -> dict[str, Any]:
         given: dict[str, Any] = {"attention_mask": None}
@@ -95,7 +111,7 @@ def _through(block: Any, names: tuple[str, ...], y: Tensor) -> Tensor:
 
 def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Attention:
     def project(linear: nn.Module, x: Tensor) -> Tensor:
-        y = linear(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+        y = output(linear, x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
         if position_embeddings is None or y.shape[2] == 1:  # a class token alone, which has no place
             return y
         return sys.modules[host_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
