@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,18 @@ def features(model: nn.Module, batches: list[Tensor]) -> Tensor:
     return torch.cat([model(x) for x in batches])
 
 
+def task_of(name: str) -> tuple[nn.Module, list[Tensor], int, Callable[[Tensor], np.ndarray] | None]:
+    """The unreduced model, batches to test on, the image size, and which images features get right (None: nobody knows)."""
+    if name == "photographs":
+        return dinov2.dinov2_vit_small(224).eval(), crops(), 224, None
+    train, labels, test, truth, size = {"emoji": emoji, "cells": cells}[name]()
+    model = dinov2.dinov2_vit_small(size).eval()
+    x = features(model, train).numpy()
+    scaler = StandardScaler().fit(x)
+    probe = LogisticRegressionCV(Cs=[1e-3, 1e-2, 1e-1], cv=3, max_iter=500).fit(scaler.transform(x), labels)
+    return model, test, size, lambda found: probe.predict(scaler.transform(found.numpy())) == truth
+
+
 def compare(name: str, model: nn.Module, shares: list[float], batches: list[Tensor], size: int, right) -> list[dict]:
     """A row for each method and share; `right` tells of features which images they get right, or is None."""
     dense = features(sv.restore_(model), batches)
@@ -143,19 +156,8 @@ def main() -> None:
     args = parser.parse_args()
     result = json.loads(args.json.read_text()) if args.json.is_file() else {}  # other tasks stay
     for task in args.tasks:
-        if task == "photographs":
-            rows = compare(task, dinov2.dinov2_vit_small(224).eval(), args.shares, crops(), 224, None)
-        else:
-            train, labels, test, truth, size = {"emoji": emoji, "cells": cells}[task]()
-            model = dinov2.dinov2_vit_small(size).eval()
-            x = features(model, train).numpy()
-            scaler = StandardScaler().fit(x)
-            probe = LogisticRegressionCV(Cs=[1e-3, 1e-2, 1e-1], cv=3, max_iter=500).fit(scaler.transform(x), labels)
-
-            def right(found: Tensor, scaler=scaler, probe=probe, truth=truth) -> np.ndarray:
-                return probe.predict(scaler.transform(found.numpy())) == truth
-
-            rows = compare(task, model, args.shares, test, size, right)
+        model, test, size, right = task_of(task)
+        rows = compare(task, model, args.shares, test, size, right)
         setting = {"created": now(), "command": command(), "machine": machine(), "versions": versions()}
         result[task] = {**setting, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")

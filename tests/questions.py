@@ -86,9 +86,17 @@ class Case:
 
 TELLING = ("etps", "etps-mass", "dtps", "tome")  # scores and hosts, masses, learned heads and their masks, and every block
 LEADING = (*zoo.MODELS, "dinov3", "hf-vit", "hf-dinov2", "hf-dinov3", "hf-siglip-tower", "torchvision", "open_clip-tower")
-CASES = [Case(model, reducer) for model in zoo.KINDS for reducer in (zoo.REDUCERS if model in LEADING else TELLING)]
 THOROUGH = "average-pool"  # where most can go wrong: masses reach the bias, the scores and the pooling
 VARIANTS = ("identity", "etps-received", "dtps-topk", "evit-normalize")  # the code of another line of zoo.REDUCERS but for one step
+ELSEWHERE = tuple(name for name in zoo.REDUCERS if name not in VARIANTS)  # than in timm's VisionTransformer
+
+
+def partners(model: str) -> tuple[str, ...]:
+    """The reducers that a kind of model is asked about with."""
+    return TELLING if model not in LEADING else tuple(zoo.REDUCERS) if model in zoo.MODELS else ELSEWHERE
+
+
+CASES = [Case(model, reducer) for model in zoo.KINDS for reducer in partners(model)]
 KIN, REST = ("res-post-norm", "pre-norm"), ("etps-mass", "dtps")  # models beyond the eight kinds that are promised
 Question = Callable[[Case], None]
 QUESTIONS: list[tuple[Question, Case]] = []

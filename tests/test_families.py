@@ -23,13 +23,15 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import oracles
 import oracles_rotary
 import squeezevit as sv
 from squeezevit import families
+from squeezevit.bench.run import measure
 from squeezevit.errors import UnsupportedError
-from squeezevit.families import multihead
+from squeezevit.families import host_of, multihead
 from squeezevit.reducer import Reducer
 
 SIZE, PATCH, DIM, DEPTH, HEADS, HIDDEN, CLASSES = 64, 8, 48, 4, 4, 192, 7  # torch fuses attention of an even number of heads only
@@ -709,6 +711,30 @@ def test_siglip2_of_any_size_without_padding():
     model = reduce(siglip2(), METHODS["etps-mass"])
     with torch.no_grad():
         assert model(**siglip2_inputs(padded=0)).last_hidden_state.shape == (2, 13, DIM)  # 56 -> 34 -> 21 -> 13
+
+
+def test_siglip2_is_counted_and_timed():
+    """Its inputs are patches; images of its size are laid out for it. Multiply-adds are those of a real forward."""
+    model = siglip2()
+    patches = siglip2_inputs(padded=0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**{k: v[:1] for k, v in patches.items()})
+    assert sv.macs(model, (7 * PATCH, 8 * PATCH)) * 2 == counter.get_total_flops()
+    dense = sv.macs(model)
+    assert sv.macs(sv.reduce_(model, METHODS["etps"])) < 0.8 * dense
+    (speed,) = measure(model, [METHODS["etps"]], 2, rounds=1)
+    assert speed.tokens[0] == PATCHES and speed.images_per_second > 0
+
+
+def test_images_are_laid_out_as_siglip2s_own_processor_does():
+    image = images(1)
+    processor = transformers.Siglip2ImageProcessor(
+        patch_size=PATCH, max_num_patches=PATCHES, do_resize=False, do_rescale=False, do_normalize=False
+    )
+    expected = processor(images=[image[0]], return_tensors="pt", input_data_format="channels_first")
+    pixels, _, shapes = host_of(siglip2()).inputs(image)
+    torch.testing.assert_close(pixels, expected["pixel_values"])
+    assert torch.equal(shapes, expected["spatial_shapes"].long()) and expected["pixel_attention_mask"].all()
 
 
 def test_siglip2_with_padding_is_refused():

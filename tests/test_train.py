@@ -367,7 +367,10 @@ def go_on_sharded(*outs):
     with without_noise, one_group, mock.patch.object(sharding, "shard_", wraps=sharding.shard_) as shard_:
         for out in outs:
             assert train(load_config(Path(out) / "config.yaml"), resume=True, progress=interrupt_at(6)).signal == signal.SIGTERM
-    assert shard_.call_count == len(outs)
+        whole_rows = load_config(Path(outs[0]) / "config.yaml", {"out": f"{outs[0]}-adafactor"}, ["optimizer.name=adafactor"])
+        with pytest.raises(ConfigError, match=r"optimizer.name='adafactor' cannot update shards of parameters"):
+            train(whole_rows)
+    assert shard_.call_count == len(outs) + 1
     torch.distributed.destroy_process_group()
 
 

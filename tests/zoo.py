@@ -62,6 +62,7 @@ REDUCERS: dict[str, Reducer] = {
     "topk": sv.TopK(keep=0.6),
     "tome": sv.ToMe(r=9),
     "random": sv.Random(keep=0.6, seed=5),
+    "preset": replace(sv.preset("training-free"), keep=0.8),
 }
 
 

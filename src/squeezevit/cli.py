@@ -32,7 +32,7 @@ app = typer.Typer(
     "and measure honestly what that saves and costs, beside other methods.",
 )
 
-METHOD_HELP = "identity, etps, etps+mass, dtps, evit, evit+norm, dynamicvit, topk, tome or random."
+METHOD_HELP = "identity, etps, etps+mass, dtps, evit, evit+norm, dynamicvit, topk, tome, random or training-free."
 ModelName = Annotated[str, typer.Option("--model", help="A timm model name, such as deit_small_patch16_224.")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Fetch timm's pretrained weights from the hub.")]
 Checkpoint = Annotated[

@@ -30,8 +30,9 @@ from squeezevit.trace import trace
 
 Progress = Callable[[str, int, int], None]  # what, steps done, steps in all
 # EViT with its extra token normalised: without training the paper's own sum is several points worse (see README)
-METHODS = ("etps", "etps+mass", "evit+norm", "topk", "tome", "random")
-NAMES = dict(zip(METHODS, ("ETPS", "ETPS+mass", "EViT", "TopK", "ToMe", "Random"), strict=True)) | {"identity": "Identity"}
+METHODS = ("training-free", "etps", "etps+mass", "evit+norm", "topk", "tome", "random")
+_SHORT = ("Preset", "ETPS", "ETPS+mass", "EViT", "TopK", "ToMe", "Random")
+NAMES = dict(zip(METHODS, _SHORT, strict=True)) | {"identity": "Identity"}
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def _short(reducer: Reducer) -> str:
 
 def _settings(settings: Settings, probe: Probe) -> dict[str, Any]:
     extra = {
-        "at": [3, 6, 9],
+        "at": "blocks 3, 6 and 9; training-free and ToMe every block",
         "probe": f"logistic regression, C = {probe.strength:g} by 5-fold cross-validation on the training part",
     }
     shown = {k: v for k, v in vars(settings).items() if k != "targets"}

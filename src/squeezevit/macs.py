@@ -57,7 +57,7 @@ class _ImagesAlone(nn.Module):
         self.model = model
         self.runs = [runs]  # not a second child
 
-    def forward(self, *inputs: torch.Tensor) -> object:
+    def forward(self, *inputs: torch.Tensor | None) -> object:
         return self.runs[0](*inputs)
 
 

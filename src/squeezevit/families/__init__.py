@@ -74,7 +74,9 @@ class Host:
     mixins: tuple[tuple[nn.Module, type], ...] = ()  # put in front of modules' classes, for what they do with tokens afterwards
     pooled: bool = False  # whether a mixin asks for the tokens' weights, which the last block then leaves for it
     tower: nn.Module | None = None  # the part that takes images alone, where the model itself takes more
-    inputs: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # from images [B, channels, H, W], where it takes something else
+    inputs: Callable[[Tensor], tuple[Tensor | None, ...]] | None = (
+        None  # from images [B, channels, H, W], where it takes something else
+    )
     grids: bool = False  # whether the mixins can put the full grid out again
     refuse_mass: str = ""  # why masses cannot be respected, if they cannot
 
@@ -191,22 +193,25 @@ class Keep:
 
     def __init__(self) -> None:
         self.outputs: dict[int, Tensor] = {}
+        self.compiled: Tensor | None = None  # no dictionary: some hosts' compiled code bears no change of one
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.outputs[_thread()] = output
+        if torch.compiler.is_compiling():
+            self.compiled = output
+        else:
+            self.outputs[threading.get_ident()] = output
 
     def last(self) -> Tensor | None:
-        return self.outputs.get(_thread())
+        return self.compiled if torch.compiler.is_compiling() else self.outputs.get(threading.get_ident())
 
     def drop(self) -> None:
-        self.outputs.pop(_thread(), None)
+        if torch.compiler.is_compiling():
+            self.compiled = None
+        else:
+            self.outputs.pop(threading.get_ident(), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"outputs": {}}
-
-
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+        return {"outputs": {}, "compiled": None}
 
 
 def kept(projection: nn.Module) -> Tensor | None:

@@ -190,13 +190,12 @@ def _(model: PreTrainedModel) -> Host:
     )
 
 
-def _patches(side: int, images: Tensor) -> tuple[Tensor, ...]:
-    """What SigLIP 2 takes: pixels of each patch [B, N, side * side * channels], a mask without padding, and the grid's shape."""
+def _patches(side: int, images: Tensor) -> tuple[Tensor | None, ...]:
+    """What SigLIP 2 takes: pixels of each patch [B, N, side * side * channels], no mask, and the grid's shape in patches [B, 2]."""
     pixels = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
     B, rows, columns = pixels.shape[:3]
-    device = None if images.is_meta else images.device  # the model reads values of both
-    mask = torch.ones(B, rows * columns, dtype=torch.int64, device=device)
-    return pixels.reshape(B, rows * columns, -1), mask, torch.tensor([[rows, columns]], device=device).expand(B, -1)
+    shape = torch.tensor([[rows, columns]], device=None if images.is_meta else images.device)  # the model reads its values
+    return pixels.reshape(B, rows * columns, -1), None, shape.expand(B, -1)
 
 
 def _name(model: nn.Module, names: Iterable[str]) -> str | None:

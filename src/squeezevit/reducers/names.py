@@ -29,7 +29,7 @@ LABELS = {
     "dynamicvit": "DynamicViT",
     "topk": "TopK",
     "random": "Random",
-    "training-free": "Squeeze (training-free)",
+    "training-free": "preset",
     "tome": "ToMe",
 }
 

@@ -34,6 +34,7 @@ class Style:
 
 
 _KNOWN = {
+    "Preset": Style("preset", "#1d7a2c", "#6fd07c", "*", strong=True),
     "ETPS": Style("etps", "#cf3f12", "#ff8552", "o", strong=True),
     "ETPS+mass": Style("etps-mass", "#0a5fb4", "#62adff", "s", strong=True),
     "DTPS": Style("dtps", "#6a3fb5", "#b598ff", "P", strong=True),

@@ -153,15 +153,15 @@ class _Run:
             cast(Any, net).set_grad_checkpointing(True)
         state = None if last is None else self._load(last, net)
         self.model = net
-        sharded = sharding.wanted() and accelerator.distributed_type != DistributedType.NO
-        if sharded:
+        self.sharded = sharding.wanted() and accelerator.distributed_type != DistributedType.NO
+        if self.sharded:
             sharding.shard_([*self.saved.values(), self.dense], accelerator)
         optimizer = build.make_optimizer(net, config.optimizer)
         if state is not None:
             optimizer.load_state_dict(sharding.cut(state["optimizer"], optimizer))
         self.schedule = build.make_schedule(optimizer, config, self.updates)
         self.schedule.step_update(self.done)
-        if not sharded:
+        if not self.sharded:
             self.model = accelerator.prepare_model(net)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         if state is not None and accelerator.scaler is not None:
@@ -317,12 +317,23 @@ class _Run:
         self._require_finite(values)
         if config.optimizer.clip is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
-        self.optimizer.step()
+        self._update()
         self.optimizer.zero_grad()
         self.schedule.step_update(self.done + 1)
         if self.ema is not None:
             self.ema.update(self.net, self.done + 1)
         return values, means[-2], means[-1] > 0
+
+    def _update(self) -> None:
+        try:
+            self.optimizer.step()
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            if not self.sharded:
+                raise
+            raise ConfigError(
+                f"optimizer.name={self.config.optimizer.name!r} cannot update shards of parameters ({error}); choose one that works "
+                "entry by entry, as adamw, lion or sgd, or launch without shards"
+            ) from error
 
     def _targets(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return (images, labels) if self.mixup is None else self.mixup(images, labels)
