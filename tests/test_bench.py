@@ -1,5 +1,7 @@
 """The limit slices as the reducer counts, timings compare like with like, and plans meet their budget."""
 
+import shutil
+
 import pytest
 import timm
 import torch
@@ -99,3 +101,12 @@ def test_fractional_r_is_spread_evenly():
     assert sum(tome(2.5, 12).r) == 30
     assert set(tome(2.5, 12).r) == {2, 3}
     assert tome(0, 3).r == (0, 0, 0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_variants_are_measured():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=1, num_classes=0)
+    (speed,) = measure(model, [sv.ETPS(keep=0.5, at=(0,))], 2, rounds=1, limits=False, compiled="default")
+    assert speed.images_per_second > 0
+    with pytest.raises(ConfigError, match=r"compiled='fast' is no mode of torch.compile; choose from default, reduce-overhead"):
+        measure(model, [sv.ETPS(keep=0.5)], 2, rounds=1, compiled="fast")

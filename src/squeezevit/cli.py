@@ -151,6 +151,9 @@ def bench(
     device: Device = "cpu",
     precision: Precision = "fp32",
     threads: Threads = None,
+    compiled: Annotated[
+        str | None, typer.Option("--compile", help="Compile every variant: a mode of torch.compile, default or reduce-overhead.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Speed of methods on one model: MACs, images/s, speed-up over the unreduced model, overhead over the limit.
@@ -176,11 +179,18 @@ def bench(
         ]
         everything = ([("identity", 1.0, _reducer(net, "identity", 1.0, at, image_size))] if "identity" in names else []) + plans
         speeds = measure(
-            net, [r for _, _, r in everything], batch_size, image_size, rounds, precision,
+            net, [r for _, _, r in everything], batch_size, image_size, rounds, precision, compiled=compiled,
             progress=lambda done, total: report("rounds", done, total),
         )  # fmt: skip
     rows = [{"method": name, "keep": ratio, **asdict(s)} for (name, ratio, _), s in zip(everything, speeds, strict=True)]
-    setting = {**_setting(device), "model": model, "batch_size": batch_size, "rounds": rounds, "precision": precision}
+    setting = {
+        **_setting(device),
+        "model": model,
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "precision": precision,
+        "compiled": compiled,
+    }
     _print_bench(rows, setting)
     _write_json(json_file, {**setting, "image_size": image_size, "rows": rows})
 

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import _dynamo as dynamo
 from torch import nn
 
 from squeezevit.attach import reduce_, restore_
 from squeezevit.bench.limit import Slice, limit_of
 from squeezevit.bench.timing import alternate
+from squeezevit.errors import ConfigError
 from squeezevit.families import host_of
 from squeezevit.macs import fake_trace, macs, token_counts
 from squeezevit.modes import autocast
 from squeezevit.reducer import Reducer
 from squeezevit.reducers import Identity
+
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,18 @@ def measure(
     rounds: int = 9,
     precision: str = "fp32",
     limits: bool = True,
+    compiled: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Speed]:
     """Time a model under each reducer, in inference mode, alternating round by round with the unreduced model and the limits.
 
     The model is left unreduced, on its own device. Images are noise, which changes nothing: counts are fixed.
     precision: "fp32" as the weights are, or autocast to "bf16" or "fp16". limits=False leaves the sliced models out.
+    compiled: a mode of torch.compile, "default" or "reduce-overhead" (CUDA graphs); one graph each, or it fails. Raises
+    ConfigError on an unknown mode.
     """
+    if compiled not in (None, *MODES):
+        raise ConfigError(f"compiled={compiled!r} is no mode of torch.compile; choose from {', '.join(MODES)}")
     device = next(model.parameters()).device
     restore_(model.eval())
     dense = macs(model, image_size)
@@ -63,8 +73,9 @@ def measure(
     for bound in {b for b in bounds.values() if b is not None}:
         variants[bound] = reduce_(share_weights(model), bound)
     x = images(model, batch_size, image_size)
-    cases = {r: forward(variant, x, precision) for r, variant in _neighbours(variants, bounds).items()}
-    times = alternate(cases, rounds, device=device, progress=progress)
+    cases = {r: forward(variant, x, precision, compiled) for r, variant in _neighbours(variants, bounds).items()}
+    with dynamo.config.patch(recompile_limit=8 + 2 * len(cases)):  # all variants share their code
+        times = alternate(cases, rounds, warmup=1 if compiled is None else 3, device=device, progress=progress)
 
     def speed(r: Reducer) -> Speed:
         bound, cost = bounds.get(r), macs(variants[r], image_size)
@@ -109,10 +120,13 @@ def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] 
     return noise.to(like.device, like.dtype)
 
 
-def forward(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[], Any]:
-    """A forward of the part that takes images, in inference mode."""
+def forward(model: nn.Module, x: torch.Tensor, precision: str, compiled: str | None = None) -> Callable[[], Any]:
+    """A forward of the part that takes images, in inference mode; compiled in a mode of torch.compile where one is given."""
     host = host_of(model)
-    runs, inputs = host.tower or model, (x,) if host.inputs is None else host.inputs(x)
+    inputs = (x,) if host.inputs is None else host.inputs(x)
+    runs: Any = host.tower or model
+    if compiled is not None:
+        runs = torch.compile(runs, fullgraph=True, mode=compiled)
 
     def run() -> Any:
         with torch.inference_mode(), autocast(x.device, precision):

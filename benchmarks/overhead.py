@@ -1,0 +1,73 @@
+"""How close reducers come to the limit, the same model with its tokens merely sliced: models, sizes, batches, eager and compiled.
+
+    python benchmarks/overhead.py                     # CPU: benchmarks/results/overhead_cpu.json
+    python benchmarks/overhead.py --device cuda       # bf16, more models and batches: benchmarks/results/overhead_cuda.json
+
+Best and median of alternating rounds in one run. Weights are random; time depends on shapes alone.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import timm
+import torch
+
+import squeezevit as sv
+from squeezevit.bench.machine import command, machine, now, versions
+from squeezevit.bench.run import measure
+
+RESULTS = Path(__file__).parent / "results"
+REDUCERS = (
+    sv.ETPS(keep=0.7), sv.ETPS(keep=0.5), sv.ETPS(keep=0.5, at=(2, 4, 6, 8)), sv.ETPS(keep=0.5, mass=True),
+    sv.DTPS(keep=0.7), sv.DTPS(keep=0.5), sv.DTPS(keep=0.5, at=(2, 4, 6, 8)), sv.preset("training-free"),
+)  # fmt: skip
+DEIT = {name: f"deit_{name}_patch16_224" for name in ("tiny", "small", "base")}
+CPU = [  # model, pixels, batch size, compiled
+    *((DEIT["small"], 224, batch, None) for batch in (1, 8, 16)),
+    *((DEIT["tiny"], 224, batch, None) for batch in (1, 8)),
+    (DEIT["base"], 224, 1, None),
+    (DEIT["small"], 384, 1, None),
+    ("vit_large_patch16_224", 224, 1, None),
+    *((DEIT["small"], 224, batch, "default") for batch in (1, 8)),
+]
+CUDA = [
+    *((name, 224, batch, how) for name in DEIT.values() for batch in (1, 8, 64, 256) for how in (None, "default")),
+    *((name, 224, 1, "reduce-overhead") for name in DEIT.values()),
+    *(("vit_large_patch16_224", size, batch, None) for size in (224, 384, 512) for batch in (1, 8, 64)),
+    ("vit_large_patch14_dinov2", 518, 8, None),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    gpu = torch.device(args.device).type == "cuda"
+    file = args.json or RESULTS / f"overhead_{'cuda' if gpu else 'cpu'}.json"
+    precision = "bf16" if gpu else "fp32"
+    setting = {"created": now(), "command": command(), "machine": machine(args.device), "versions": versions()}
+    setting |= {"rounds": args.rounds, "precision": precision}
+    rows = []
+    for name, size, batch, compiled in CUDA if gpu else CPU:
+        if args.models and name not in args.models:
+            continue
+        model = timm.create_model(name, img_size=size).to(args.device)
+        for speed in measure(model, REDUCERS, batch, size, args.rounds, precision, compiled=compiled):
+            row = {"model": name, "image_size": size, "batch_size": batch, "compiled": compiled, **asdict(speed)}
+            rows.append(row)
+            sys.stdout.write(
+                f"{name} {size} px, batch {batch}, {compiled or 'eager'}: {speed.reducer} speed-up {speed.speedup_best:.2f}, "
+                f"overhead best {speed.overhead_best:.3f}, median {speed.overhead:.3f}\n"
+            )
+            sys.stdout.flush()
+        file.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
