@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 import squeezevit as sv
 import zoo
+from squeezevit import kernels
 from squeezevit.errors import ConfigError
 from squeezevit.presets import PRESETS
+from squeezevit.reducer import Carry, Stage
 
 
 @pytest.mark.parametrize("kind", ["plain", "average-pool", "registers"])
@@ -141,3 +143,14 @@ def test_presets_that_are_none():
     for share in (0.01, 1.2, float("nan")):
         with pytest.raises(ConfigError, match=r"out of reach of 'training-free': give a share from 0\.\d\d to 1"):
             sv.preset("training-free", macs=share)
+
+
+def test_the_stage_asks_for_the_kernel(monkeypatch):
+    """Where the Triton kernel may run it gets what the plain path would, masses from the first stage on."""
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+    monkeypatch.setattr(kernels, "squeeze", lambda *args: args)
+    x, kept, pruned = torch.rand(2, 8, 4), torch.tensor([[0, 2, 5, 6]] * 2), torch.tensor([[1, 3, 4]] * 2)
+    stage = Stage(x, 1, 4, 0, True, Carry(7), attend=lambda: None)
+    assert stage.squeeze(kept, pruned) == (x, 1, kept, pruned, None, None)
+    mass = stage.squeeze(kept, pruned, by_mass=True)[4]
+    assert mass.dtype == torch.float32 and torch.equal(mass, torch.ones(2, 8))

@@ -143,9 +143,9 @@ class Site:
         return trainable and torch.is_grad_enabled() and x.requires_grad
 
     def reduce(
-        self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry, per_token: dict[str, Any]
+        self, block: nn.Module, x: Tensor, tokens: Tensor, carry: Carry, per_token: Callable[[], dict[str, Any]]
     ) -> tuple[Reduction, Carry]:
-        """Run this block's stage on `tokens`; x is what came into the block and what evidence is computed from.
+        """Run this block's stage on `tokens`; x is what came into the block and what evidence is computed from, where asked for.
 
         The carry that is returned is for this block's own attention.
         """
@@ -155,7 +155,10 @@ class Site:
         if k < n:
             head = None if state.heads is None else state.heads[stage]
             cut = type(block).squeezevit_cut  # type: ignore[attr-defined]
-            attend = partial(cut.attention, block, x, **per_token)
+
+            def attend() -> Attention:
+                return cut.attention(block, x, **per_token())
+
             s = Stage(tokens, state.prefix, k, stage, state.class_token, carry, attend, head, state.training(block))
             reduction = state.reducer.reduce(s)
             carry = outgoing_carry(state.reducer, carry, reduction)
@@ -229,14 +232,14 @@ class ReducedBlock(_Subclass):
         carry = site.carry_in(x, training)
         leaving = None
         if place == "before":
-            reduction, carry = site.reduce(self, x, x, carry, _at_places(per_token, carry))
+            reduction, carry = site.reduce(self, x, x, carry, partial(_at_places, per_token, carry))
             x, leaving = reduction.tokens, reduction.leaving
         here = _at_places(per_token, carry)
         y = cut.attn_half(self, x, _as_bias(carry, x), **here)
         if leaving is not None:
             y = ops.take(y, leaving)
         if place == "between":
-            y = site.reduce(self, x, y, carry, here)[0].tokens
+            y = site.reduce(self, x, y, carry, lambda: here)[0].tokens
             for keep in site.keeps:
                 keep.drop()
         y = cut.mlp_half(self, y)

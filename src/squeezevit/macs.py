@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from squeezevit.errors import ConfigError
 from squeezevit.families import host_of
@@ -26,6 +25,8 @@ def macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> i
     >>> macs(timm.create_model("deit_small_patch16_224"))  # doctest: +SKIP
     4598882304
     """
+    from torch.utils.flop_counter import FlopCounterMode  # brings Triton with it
+
     aside = Trace(model) if "squeezevit_state" in vars(model) else nullcontext()  # an open trace of the user's stays as it is
     with FlopCounterMode(display=False) as counter, aside:
         _fake_forward(model, image_size)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from squeezevit import ops
+from squeezevit import kernels, ops
 from squeezevit.errors import ConfigError
 
 Score = Literal["auto", "cls", "received"]
@@ -139,6 +139,8 @@ class Stage:
 
         Prefix tokens ride along as reserved tokens that host nobody, which `ops.fuse` returns bit for bit: no second copy.
         """
+        if kernels.usable(self.tokens, alike):
+            return kernels.squeeze(self.tokens, self.prefix, kept, pruned, self.masses() if by_mass else None, alike)
         tokens, gone = self.keep(kept), self.take(pruned)
         pair = (tokens[:, self.prefix :], gone) if alike is None else (ops.take(alike, kept), ops.take(alike, pruned))
         hosts, cosine = ops.match(*pair)
@@ -147,11 +149,14 @@ class Stage:
             return merged, hosts, mass
         return ops.fuse(tokens, gone, hosts + self.prefix, *ops.squeeze_weights(tokens, cosine)), hosts, None
 
+    def masses(self) -> Tensor:
+        """What each incoming token stands for, [B, P + N] float32: 1 where nothing has been counted yet."""
+        mass = self.carry.mass
+        return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.float32) if mass is None else mass
+
     def merge_by_mass(self, tokens: Tensor, gone: Tensor, kept: Tensor, pruned: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each kept token with those it hosts, weighted by mass, and the masses [B, P + K] going out."""
-        mass = self.carry.mass
-        if mass is None:
-            mass = self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.float32)
+        mass = self.masses()
         own, weights = mass.gather(1, self.rows(kept)), mass.gather(1, pruned + self.prefix)
         merged = ops.fuse(tokens, gone, hosts + self.prefix, own, weights)
         return merged, own.scatter_add(1, hosts + self.prefix, weights)

@@ -19,7 +19,6 @@ from squeezevit.modes import autocast
 from squeezevit.reducer import Reducer
 from squeezevit.reducers import Identity
 
-
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 
 

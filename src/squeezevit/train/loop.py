@@ -331,8 +331,8 @@ class _Run:
             if not self.sharded:
                 raise
             raise ConfigError(
-                f"optimizer.name={self.config.optimizer.name!r} cannot update shards of parameters ({error}); choose one that works "
-                "entry by entry, as adamw, lion or sgd, or launch without shards"
+                f"optimizer.name={self.config.optimizer.name!r} cannot update shards of parameters ({error}); choose one that "
+                "works entry by entry, as adamw, lion or sgd, or launch without shards"
             ) from error
 
     def _targets(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
