@@ -42,7 +42,7 @@ def photographs() -> list[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shares", nargs="*", type=float, default=(0.65, 0.5, 0.35))
+    parser.add_argument("--shares", nargs="*", type=float, default=(0.5, 0.35))
     parser.add_argument("--schedules", nargs="*", choices=tuple(SCHEDULES), default=tuple(SCHEDULES))
     args = parser.parse_args()
     rows = []
