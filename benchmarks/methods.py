@@ -54,7 +54,7 @@ def singles(model: nn.Module, reducers: dict[str, Reducer], args: argparse.Names
         if torch.device(args.device).type == "cuda":
             memory = cuda_peak(variants[name], images(model, args.batch_size, args.image_size), args.precision)
         else:
-            memory = peak(f"sv.{reducer!r}", args.model, args.image_size, 64)
+            memory = peak(f"sv.{reducer!r}", args.model, args.image_size, args.batch_size)
         out[name] = {"latency_best_ms": 1e3 * times.best(name), "latency_median_ms": median, "latency_p95_ms": high}
         out[name] |= {"peak_mib": memory}
     return out

@@ -13,11 +13,16 @@ from squeezevit.families import Keep, kept, projections
 
 CASES = {  # (kind of model, reducer): projections of a block
     ("hf-siglip-tower", sv.ETPS(keep=0.6)): 2,
-    ("hf-siglip-tower", sv.ToMe(r=9)): 2,
+    ("hf-dinov3", sv.ToMe(r=9)): 2,
+    ("qk-norm", sv.Squeeze(score="redundancy", keep=0.6)): 1,
     ("hf-dinov3", sv.ETPS(keep=0.6)): 2,
     ("dinov3", sv.ETPS(keep=0.6)): 1,
     ("average-pool", sv.ETPS(keep=0.6, score="received", mass=True)): 1,
 }
+
+
+def hooks(model: nn.Module) -> list[Keep]:
+    return [h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, Keep)]
 
 
 def computed(model: nn.Module, x: Tensor) -> int:
@@ -37,15 +42,66 @@ def test_nothing_is_projected_twice(case, each):
     kind, reducer = case
     model = zoo.reduce(zoo.build(kind), reducer)
     assert computed(model, zoo.images()) == each * len(zoo.blocks(model))
-    hooks = [h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, Keep)]
-    assert hooks and not any(h.outputs for h in hooks), "what was kept goes with its stage"
-    sv.restore_(model)
-    assert not any(isinstance(h, Keep) for m in model.modules() for h in m._forward_hooks.values())
+    assert hooks(model) and not any(h.outputs for h in hooks(model)), "what was kept goes with its stage"
+    assert not hooks(sv.restore_(model))
 
 
-def test_plain_models_with_a_class_token_keep_nothing():
-    model = zoo.reduce(zoo.build("plain"), sv.ETPS(keep=0.6))
-    assert not any(isinstance(h, Keep) for m in model.modules() for h in m._forward_hooks.values())
+@pytest.mark.parametrize(
+    ("kind", "reducer"),
+    [("plain", sv.ETPS(keep=0.6)), ("plain", sv.ToMe(r=9)), ("hf-siglip-tower", sv.ToMe(r=9)), ("dinov3", sv.DTPS(keep=0.6))],
+    ids=str,
+)
+def test_where_scores_are_cheaper_without_nothing_is_kept(kind, reducer):
+    assert not hooks(zoo.reduce(zoo.build(kind), reducer))
+
+
+def test_what_the_host_changes_in_place_is_not_kept():
+    """EVA with its biases apart adds them to what its projection put out."""
+    model = zoo.build("eva02")
+    for block in model.blocks:
+        block.attn.qkv_bias_separate = True
+    other = copy.deepcopy(model)
+    sv.reduce_(model, sv.ETPS(keep=0.6)), sv.reduce_(other, sv.ETPS(keep=0.6))
+    assert not hooks(model)
+    for block in other.blocks:
+        block.attn.qkv_bias_separate = False
+    torch.testing.assert_close(zoo.run(model, zoo.images()), zoo.run(other, zoo.images()))
+
+
+def test_blocks_of_ones_own_with_other_projections_are_reduced():
+    class Own(type(zoo.build("plain").blocks[0])):
+        """A block that derives from timm's and keeps its projection under a name of its own."""
+
+    model = zoo.build("average-pool")
+    for block in model.blocks:
+        block.__class__ = Own
+        block.attn.q_proj = None
+    attn = model.blocks[1].attn
+    attn.to_qkv, attn.qkv = attn.qkv, None
+    assert projections(model.blocks[1]) == () and len(projections(model.blocks[0])) == 1
+
+
+def test_a_forward_that_fails_leaves_nothing_behind():
+    model = zoo.reduce(zoo.build("hf-siglip-tower"), sv.ETPS(keep=0.6))
+    handle = zoo.blocks(model)[1].self_attn.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        zoo.run(model, zoo.images())
+    handle.remove()
+    assert hooks(model) and not any(h.outputs or h.compiled is not None for h in hooks(model))
+
+
+def fail(*_: object) -> None:
+    raise MemoryError
+
+
+def test_attention_compiled_alone_gives_the_same():
+    model = zoo.reduce(zoo.build("hf-siglip-tower"), sv.ETPS(keep=0.6))
+    expected = zoo.run(model, zoo.images()).last_hidden_state
+    for block in zoo.blocks(model):
+        block.self_attn.compile(backend="eager")
+    zoo.run(model, zoo.images(seed=1))
+    torch.testing.assert_close(zoo.run(model, zoo.images()).last_hidden_state, expected)
+    assert not any(h.outputs or h.compiled is not None for h in hooks(model))
 
 
 def test_a_later_hook_has_the_last_word():

@@ -61,8 +61,8 @@ def score_macs(tokens: int) -> int:
 
 
 def received_macs(tokens: int) -> int:
-    """Queries and keys of all tokens, their products, and the mean over queries, head by head."""
-    return 2 * tokens * zoo.DIM**2 + tokens**2 * zoo.DIM + zoo.HEADS * tokens**2
+    """Products of the queries and keys that attention has computed, and the mean over queries, head by head."""
+    return tokens**2 * zoo.DIM + zoo.HEADS * tokens**2
 
 
 OWN_COST = {  # of one stage: N patch tokens in, K reserved, P prefix tokens

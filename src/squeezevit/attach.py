@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial, wraps
 from typing import Any, TypeVar, cast
 
@@ -235,11 +235,13 @@ class ReducedBlock(_Subclass):
             reduction, carry = site.reduce(self, x, x, carry, partial(_at_places, per_token, carry))
             x, leaving = reduction.tokens, reduction.leaving
         here = _at_places(per_token, carry)
-        y = cut.attn_half(self, x, _as_bias(carry, x), **here)
-        if leaving is not None:
-            y = ops.take(y, leaving)
-        if place == "between":
-            y = site.reduce(self, x, y, carry, lambda: here)[0].tokens
+        try:
+            y = cut.attn_half(self, x, _as_bias(carry, x), **here)
+            if leaving is not None:
+                y = ops.take(y, leaving)
+            if place == "between":
+                y = site.reduce(self, x, y, carry, lambda: here)[0].tokens
+        finally:
             for keep in site.keeps:
                 keep.drop()
         y = cut.mlp_half(self, y)
@@ -340,22 +342,20 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
     _refuse(model, host, reducer)
     if grid and not host.grids:
         raise UnsupportedError(f"{type(model).__name__} puts no full grid out (grid=True); use sv.trace and its scatter_back")
-    folds = {}
     for i in range(stages[0] if stages else depth, depth):  # later blocks see fewer tokens, too
-        folds[i] = prove(host.blocks[i], i, host.prefix, host.dim, reducer.scored and i in stages)
+        prove(host.blocks[i], i, host.prefix, host.dim, reducer.scored and i in stages)
+    keeping = {i for i in stages if _keeps(host, i, reducer)}
     rows = [per_token(block, host.dim) for block in host.blocks]
     touched = _touched(reducer, stages, depth, any(rows))
     heads = _heads(model, host, reducer, len(stages))
     restore_(model)
     state = State(reducer, host.prefix, host.class_token, heads, stages, any(rows), grid)
-    by_class = host.class_token and getattr(reducer, "score", None) != "received"
     for i in touched:
         block = host.blocks[i]
         stage = stages.index(i) if i in stages else None
         block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
         before = sum(s < i for s in stages)
-        needs_keys = stage is not None and reducer.scored and (reducer.place == "between") and not (folds[i] and by_class)
-        keeps = _keep_(block) if needs_keys else ()
+        keeps = _keep_(block) if i in keeping else ()
         site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.pooled, per_token=rows[i], keeps=keeps)
         block.squeezevit_site = site  # type: ignore[assignment]
     for module, mixin in host.mixins:
@@ -375,9 +375,14 @@ def retune_(model: nn.Module, reducer: Reducer) -> None:
     state = state_of(model)
     old = state.reducer
     stages = reducer.stages(len(host_of(model).blocks))
-    if type(reducer) is not type(old) or stages != state.stages or (reducer.weighs, reducer.masks) != (old.weighs, old.masks):
+    if type(reducer) is not type(old) or stages != state.stages or _options(reducer) != _options(old):
         raise ConfigError(f"a model reduced by {old} cannot be retuned to {reducer}, whose stages differ; call sv.reduce_ instead")
     state.reducer = reducer
+
+
+def _options(reducer: Reducer) -> object:
+    """All of a reducer but its ratios and stages."""
+    return replace(reducer, keep=1.0, at=None) if isinstance(reducer, Staged) else (reducer.weighs, reducer.masks)
 
 
 def restore_(model: Model) -> Model:
@@ -392,19 +397,54 @@ def restore_(model: Model) -> Model:
             module.__class__ = base
         for name in ("squeezevit_site", "squeezevit_state"):
             vars(module).pop(name, None)
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Keep)]:
-            del module._forward_hooks[key]
+        _forget_(module)
         if isinstance(module._modules.get("token_reducer"), ScoreHeads):
             del module.token_reducer
     return model
 
 
 def _keep_(block: nn.Module) -> tuple[Keep, ...]:
-    projections = cut(type(block)).projections(block)
-    keeps = tuple(Keep() for _ in projections)
-    for projection, keep in zip(projections, keeps, strict=True):
-        projection.register_forward_hook(keep)
-    return keeps
+    keeps = []
+    for projection in cut(type(block)).projections(block):
+        keeps.append(Keep())
+        projection.register_forward_hook(keeps[-1])
+    return tuple(keeps)
+
+
+def _forget_(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Keep)]:
+        del module._forward_hooks[key]
+
+
+@torch.no_grad()
+def _keeps(host: Host, index: int, reducer: Reducer) -> bool:
+    """Whether a stage should take queries and keys from its block's attention: it needs them, and they come out the same.
+
+    They do not where the host changes in place what its projections put out.
+    """
+    block = host.blocks[index]
+    own = cut(host_class(block))
+    projections = own.projections(block)
+    if not (reducer.scored and reducer.place == "between" and projections) or next(block.parameters()).is_meta:
+        return False
+    for projection in projections:
+        _forget_(projection)
+    x, arguments = _trial(block, index, host.prefix, host.dim)
+    given = {name: value for name, value in arguments.items() if _has_rows(value)}
+    with evaluation_mode(block), ops.no_autocast(x):
+        evidence = own.attention(block, x, **given)
+        score = getattr(reducer, "score", None)
+        attends = score is not None and (score == "received" or not host.class_token)
+        if evidence.key_weight is not None and not attends:
+            return False
+        computed = evidence.query(None), evidence.key()
+        keeps = _keep_(block)
+        own.attn_half(block, x, **given)
+        evidence = own.attention(block, x, **given)
+        kept = evidence.query(None), evidence.key()
+    for projection in projections:
+        _forget_(projection)
+    return bool(keeps) and all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(computed, kept, strict=True))
 
 
 def _refuse(model: nn.Module, host: Host, reducer: Reducer) -> None:
@@ -441,11 +481,8 @@ def _heads(model: nn.Module, host: Host, reducer: Reducer, stages: int) -> Score
     return ScoreHeads(keep, host.dim, like.device, dtype).train(model.training)
 
 
-def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> bool:
-    """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be.
-
-    Returns whether scores by the class token need no keys, as far as asked.
-    """
+def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
+    """Run a block whole and in halves on random tokens; refuse it where they differ, or where a bias is not what it should be."""
     base = host_class(block)
     name = f"{base.__module__}.{base.__qualname__}"
     if not knows(base):
@@ -461,9 +498,9 @@ def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> 
         )
     if next(block.parameters()).is_meta:
         logger.warning("block %d is on the meta device: its cut is not proved; call reduce_ again after loading weights", index)
-        return True
+        return
     try:
-        return _prove_halves(base, block, index, prefix, dim, scored)
+        _prove_halves(base, block, index, prefix, dim, scored)
     except (TypeError, AttributeError) as error:  # a host of another version has other names
         if isinstance(error, UnsupportedError):
             raise
@@ -474,20 +511,17 @@ def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> 
 
 
 @torch.no_grad()
-def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> bool:
+def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
     """The bias is proved by what it is used for: a token with log(2) must count as much as the same token twice."""
-    own, parameter = cut(base), next(block.parameters())
-    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    x = torch.randn(2, prefix + 6, dim, generator=torch.Generator().manual_seed(index), device="cpu").to(parameter.device, dtype)
-    arguments = own.arguments(block, x[0, prefix:])
+    own = cut(base)
+    x, arguments = _trial(block, index, prefix, dim)
     given = {name: value for name, value in arguments.items() if _has_rows(value)}
     with evaluation_mode(block), ops.no_autocast(x):
         whole = base.forward(block, x, **arguments)
         halves = own.mlp_half(block, own.attn_half(block, x, **given))
         _require_close(base, index, whole, halves, "its two halves do not add up to its forward")
-        evidence = own.attention(block, x, **given) if scored else None
-        if evidence is not None:
-            _prove_attention(base, index, evidence)
+        if scored:
+            _prove_attention(base, index, own.attention(block, x, **given))
         x[:, -1] = x[:, -2]
         twice = {name: _rows(value, (0, 1, 2, 3, 4, 4)) for name, value in given.items()}
         once = {name: _rows(value, (0, 1, 2, 3, 4)) for name, value in given.items()}
@@ -496,7 +530,14 @@ def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int
         counted = own.attn_half(block, x[:, :-1], bias, **once)
         expected = own.attn_half(block, x, **twice)[:, :-1]
         _require_close(base, index, expected, counted, "its attention does not take an additive bias")
-    return evidence is None or evidence.key_weight is not None
+
+
+def _trial(block: nn.Module, index: int, prefix: int, dim: int) -> tuple[Tensor, dict[str, Any]]:
+    """Random tokens of two images, with six patches each, and what the block must be called with beside them."""
+    parameter = next(block.parameters())
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    x = torch.randn(2, prefix + 6, dim, generator=torch.Generator().manual_seed(index), device="cpu").to(parameter.device, dtype)
+    return x, cut(host_class(block)).arguments(block, x[0, prefix:])
 
 
 def _rows(value: Any, rows: tuple[int, ...]) -> Any:

@@ -112,9 +112,10 @@ class _Search:
 
     @torch.inference_mode()
     def features(self) -> Tensor:
-        tower = host_of(self.model).tower or self.model
+        host = host_of(self.model)
+        runs = host.tower or self.model
         with evaluation_mode(self.model):
-            return torch.cat([_features(tower(x)) for x in self.images])
+            return torch.cat([_features(runs(*host.given(x))) for x in self.images])
 
     def fidelity(self, reducer: Staged) -> Tensor:
         """Cosine of features of each image: [n]."""

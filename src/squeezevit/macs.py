@@ -73,7 +73,7 @@ def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) ->
     image = torch.empty(1, host.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
     with torch.no_grad(), evaluation_mode(model):
         try:
-            functional_call(model, shapes, (image,) if host.inputs is None else host.inputs(image))
+            functional_call(model, shapes, host.given(image))
         except (AssertionError, RuntimeError) as error:
             if any("quantized" in type(module).__module__ for module in model.modules()):
                 raise ConfigError(

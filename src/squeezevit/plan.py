@@ -130,24 +130,26 @@ def _curved(template: Reducer, at: object, curve: str, depth: int) -> Reducer:
     return replace(template, keep=1.0, at=tuple(range(depth)))
 
 
-def _on_curve(template: Staged, curve: str, strength: float) -> Staged:
+def _on_curve(template: Staged, curve: str, strength: float, patches: int) -> Staged:
     """The keep ratios that follow a curve down, from level at strength 0 to falling at once at 1."""
     steepness = strength / max(1 - strength, 1e-4)
     depth = len(template.at or ())
-    left = [1.0, *(max(CURVES[curve](steepness * (i + 1) / depth), 1e-4) for i in range(depth))]
-    return replace(template, keep=tuple(max(round(b / a, 4), 1e-4) for a, b in pairwise(left)))
+    left = [max(round(patches * CURVES[curve](steepness * i / depth)), 1) for i in range(depth + 1)]
+    # never a little too high, as counts are rounded up
+    return replace(template, keep=tuple(max(math.floor(1e6 * b / a) / 1e6, 1e-6) for a, b in pairwise(left)))
 
 
 def _maker(model: nn.Module, template: Reducer, image_size: int | tuple[int, int] | None, curve: str | None = None) -> Make:
-    if isinstance(template, ToMe):
-        depth = len(host_of(model).blocks)
+    if isinstance(template, ToMe) or curve is not None:
         patches = token_counts(reduce_(model, Random(keep=1.0)), image_size)[0]
         restore_(model)
+    if isinstance(template, ToMe):
+        depth = len(host_of(model).blocks)
         return lambda strength: tome(strength * patches / 2, depth)
     if not isinstance(template, Staged):
         raise ConfigError(f"{template} has no keep ratio to plan; give a reducer with one, as sv.ETPS")
     if curve is not None:
-        return lambda strength: _on_curve(template, curve, strength)
+        return lambda strength: _on_curve(template, curve, strength, patches)
     return lambda strength: replace(template, keep=max(round(1 - strength, 4), 1e-4))
 
 

@@ -64,6 +64,8 @@ def measure(
     """
     if compiled not in (None, *MODES):
         raise ConfigError(f"compiled={compiled!r} is no mode of torch.compile; choose from {', '.join(MODES)}")
+    if compiled is not None:
+        dynamo.reset()  # graphs of an earlier call would make this one's batch size dynamic
     device = next(model.parameters()).device
     restore_(model.eval())
     dense = macs(model, image_size)
@@ -122,7 +124,7 @@ def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] 
 def forward(model: nn.Module, x: torch.Tensor, precision: str, compiled: str | None = None) -> Callable[[], Any]:
     """A forward of the part that takes images, in inference mode; compiled in a mode of torch.compile where one is given."""
     host = host_of(model)
-    inputs = (x,) if host.inputs is None else host.inputs(x)
+    inputs = host.given(x)
     runs: Any = host.tower or model
     if compiled is not None:
         runs = torch.compile(runs, fullgraph=True, mode=compiled)

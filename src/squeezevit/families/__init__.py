@@ -80,6 +80,10 @@ class Host:
     grids: bool = False  # whether the mixins can put the full grid out again
     refuse_mass: str = ""  # why masses cannot be respected, if they cannot
 
+    def given(self, images: Tensor) -> tuple[Tensor | None, ...]:
+        """What the part that takes images is called with for these, [B, channels, H, W]."""
+        return (images,) if self.inputs is None else self.inputs(images)
+
 
 def _unsupported(block: nn.Module, what: str) -> NoReturn:
     raise UnsupportedError(
@@ -205,9 +209,8 @@ class Keep:
         return self.compiled if torch.compiler.is_compiling() else self.outputs.get(threading.get_ident())
 
     def drop(self) -> None:
-        if torch.compiler.is_compiling():
-            self.compiled = None
-        else:
+        self.compiled = None
+        if not torch.compiler.is_compiling():
             self.outputs.pop(threading.get_ident(), None)
 
     def __getstate__(self) -> dict[str, Any]:

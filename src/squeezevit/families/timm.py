@@ -83,8 +83,9 @@ def _(block: EvaBlockPostNorm, x: Tensor, rope: Tensor | None = None) -> Attenti
 @projections.register(EvaBlock)
 @projections.register(EvaBlockPostNorm)
 def _(block: Any) -> tuple[nn.Module, ...]:
-    attn = block.attn
-    return (attn.q_proj, attn.k_proj) if getattr(attn, "qkv", None) is None else (attn.qkv,)
+    names = ("q_proj", "k_proj") if getattr(block.attn, "qkv", None) is None else ("qkv",)
+    found = [m for name in names if isinstance(m := getattr(block.attn, name, None), nn.Module)]
+    return tuple(found) if len(found) == len(names) else ()
 
 
 @arguments.register(EvaBlock)

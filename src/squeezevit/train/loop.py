@@ -327,6 +327,8 @@ class _Run:
     def _update(self) -> None:
         try:
             self.optimizer.step()
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             if not self.sharded:
                 raise
