@@ -25,9 +25,15 @@ from squeezevit.plan import make_plan
 from training_free import crops, features
 
 OUT = Path(__file__).parent / "results" / "search.json"
-SCHEDULES = {"every block, geometric": {}, "every block, cosine": {"curve": "cosine"}, "every block, linear": {"curve": "linear"}}
-SCHEDULES |= {"3, 6, 9": {"at": (3, 6, 9)}, "2, 4, 6, 8": {"at": (2, 4, 6, 8)}, "1 to 11": {"at": tuple(range(1, 12))}}
-SCHEDULES |= {"0, 2, 4, 6, 8, 10": {"at": (0, 2, 4, 6, 8, 10)}, "3 to 11": {"at": tuple(range(3, 12))}}
+SCHEDULES = {
+    "every block, geometric": {},
+    "every block, linear": {"curve": "linear"},
+    "0, 2, 4, 6, 8, 10": {"at": (0, 2, 4, 6, 8, 10)},
+    "1, 3, 5, 7, 9, 11": {"at": (1, 3, 5, 7, 9, 11)},
+    "0, 3, 6, 9": {"at": (0, 3, 6, 9)},
+    "0, 4, 8": {"at": (0, 4, 8)},
+    "3, 6, 9": {"at": (3, 6, 9)},
+}
 
 
 def emoji() -> list[Tensor]:
@@ -42,7 +48,8 @@ def photographs() -> list[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shares", nargs="*", type=float, default=(0.5, 0.35))
+    parser.add_argument("--shares", nargs="*", type=float, default=(0.65, 0.5, 0.35))
+    parser.add_argument("--matches", nargs="*", choices=("tokens", "keys"), default=("tokens", "keys"))
     parser.add_argument("--schedules", nargs="*", choices=tuple(SCHEDULES), default=tuple(SCHEDULES))
     args = parser.parse_args()
     rows = []
@@ -50,7 +57,7 @@ def main() -> None:
         model = dinov2.dinov2_vit_small(size).eval()
         dense = features(model, batches)
         for share in args.shares:
-            for match in ("tokens", "keys"):
+            for match in args.matches:
                 for schedule in args.schedules:
                     template = sv.Squeeze(score="redundancy", fuse="mass", match=match, at="every")
                     try:

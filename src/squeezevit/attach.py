@@ -344,7 +344,7 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
         raise UnsupportedError(f"{type(model).__name__} puts no full grid out (grid=True); use sv.trace and its scatter_back")
     for i in range(stages[0] if stages else depth, depth):  # later blocks see fewer tokens, too
         prove(host.blocks[i], i, host.prefix, host.dim, reducer.scored and i in stages)
-    keeping = {i for i in stages if _keeps(host, i, reducer)}
+    keeping = {i: _keeps(host, i, reducer) for i in stages}
     rows = [per_token(block, host.dim) for block in host.blocks]
     touched = _touched(reducer, stages, depth, any(rows))
     heads = _heads(model, host, reducer, len(stages))
@@ -355,7 +355,8 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
         stage = stages.index(i) if i in stages else None
         block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
         before = sum(s < i for s in stages)
-        keeps = _keep_(block) if i in keeping else ()
+        how = keeping.get(i)
+        keeps = () if how is None else _keep_(block, how)
         site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.pooled, per_token=rows[i], keeps=keeps)
         block.squeezevit_site = site  # type: ignore[assignment]
     for module, mixin in host.mixins:
@@ -403,10 +404,10 @@ def restore_(model: Model) -> Model:
     return model
 
 
-def _keep_(block: nn.Module) -> tuple[Keep, ...]:
+def _keep_(block: nn.Module, always: bool) -> tuple[Keep, ...]:
     keeps = []
     for projection in cut(type(block)).projections(block):
-        keeps.append(Keep())
+        keeps.append(Keep(always))
         projection.register_forward_hook(keeps[-1])
     return tuple(keeps)
 
@@ -417,34 +418,34 @@ def _forget_(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _keeps(host: Host, index: int, reducer: Reducer) -> bool:
-    """Whether a stage should take queries and keys from its block's attention: it needs them, and they come out the same.
+def _keeps(host: Host, index: int, reducer: Reducer) -> bool | None:
+    """Whether a stage takes queries and keys from its block's attention always, or once its projections are plain no more.
 
-    They do not where the host changes in place what its projections put out.
+    None: never, as it runs before attention or asks for no evidence, or as they would not come out the same: a host may change in
+    place what its projections put out.
     """
     block = host.blocks[index]
     own = cut(host_class(block))
     projections = own.projections(block)
     if not (reducer.scored and reducer.place == "between" and projections) or next(block.parameters()).is_meta:
-        return False
+        return None
     for projection in projections:
         _forget_(projection)
     x, arguments = _trial(block, index, host.prefix, host.dim)
     given = {name: value for name, value in arguments.items() if _has_rows(value)}
     with evaluation_mode(block), ops.no_autocast(x):
         evidence = own.attention(block, x, **given)
-        score = getattr(reducer, "score", None)
-        attends = score is not None and (score == "received" or not host.class_token)
-        if evidence.key_weight is not None and not attends:
-            return False
         computed = evidence.query(None), evidence.key()
-        keeps = _keep_(block)
+        _keep_(block, always=True)
         own.attn_half(block, x, **given)
-        evidence = own.attention(block, x, **given)
-        kept = evidence.query(None), evidence.key()
+        again = own.attention(block, x, **given)
+        kept = again.query(None), again.key()
     for projection in projections:
         _forget_(projection)
-    return bool(keeps) and all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(computed, kept, strict=True))
+    if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(computed, kept, strict=True)):
+        return None
+    score = getattr(reducer, "score", None)
+    return evidence.key_weight is None or score == "received" or (score is not None and not host.class_token)
 
 
 def _refuse(model: nn.Module, host: Host, reducer: Reducer) -> None:

@@ -193,13 +193,19 @@ def knows(block_class: type) -> bool:
 
 
 class Keep:
-    """A forward hook that keeps what a projection put out until the stage behind it has taken it, apart for each thread."""
+    """A forward hook that keeps what a projection put out until the stage behind it has taken it, apart for each thread.
 
-    def __init__(self) -> None:
+    always: also of a plain linear map, whose weight the score would otherwise be folded into.
+    """
+
+    def __init__(self, always: bool) -> None:
+        self.always = always
         self.outputs: dict[int, Tensor] = {}
         self.compiled: Tensor | None = None  # no dictionary: some hosts' compiled code bears no change of one
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not self.always and is_plain(module):
+            return
         if torch.compiler.is_compiling():
             self.compiled = output
         else:
@@ -214,7 +220,7 @@ class Keep:
             self.outputs.pop(threading.get_ident(), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"outputs": {}, "compiled": None}
+        return {"always": self.always, "outputs": {}, "compiled": None}
 
 
 def kept(projection: nn.Module) -> Tensor | None:
