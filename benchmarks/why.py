@@ -43,7 +43,8 @@ VARIANTS = {
     "preset": PRESET,
     "class attention instead of redundancy": replace(PRESET, score="auto"),
     "a random order instead of redundancy": replace(PRESET, score="random"),
-    "three stages instead of every block": replace(PRESET, at=(3, 6, 9)),
+    "no stage at block 0": replace(PRESET, at=None),
+    "a stage in every block": replace(PRESET, at="every"),
     "the paper's weights instead of masses": replace(PRESET, fuse="cosine"),
     "masses without the bias in attention": replace(PRESET, bias=False),
     "matched on keys instead of tokens": replace(PRESET, match="keys"),
@@ -115,7 +116,7 @@ def curves(cosines: dict[str, np.ndarray]) -> None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model = dinov2.dinov2_vit_small(224).eval()
-    batches = crops()
+    batches = list(torch.cat(crops())[1::2].split(16))  # search.py chose on the others
     cosines = {n: torch.cat([hosted(model, x, r)[0] for x in batches]).flatten().numpy() for n, r in RANKINGS.items()}
     likeness = [
         {"pruned_by": n, "mean": float(v.mean()), "below_0.5": float((v < 0.5).mean()), "lowest_tenth": float(np.quantile(v, 0.1))}
@@ -135,7 +136,7 @@ def main() -> None:
         sys.stdout.write(f"{name}: {rows[-1]['cosine']:.3f} +- {rows[-1]['cosine_se']:.3f}\n")
         sys.stdout.flush()
     curves(cosines)
-    picture(model, torch.stack([batches[1][0], batches[2][0], batches[0][0]]))
+    picture(model, torch.cat(crops())[[16, 32, 0]])
     setting = {"created": now(), "command": command(), "machine": machine(), "versions": versions(), "keep": KEEP, "block": BLOCK}
     OUT.write_text(json.dumps({**setting, "images": len(dense), "likeness": likeness, "variants": rows}, indent=1) + "\n")
 

@@ -120,6 +120,7 @@ def test_choices_that_cannot_be_meant(options, message):
 
 
 def test_every_block():
+    assert sv.ETPS(at="quarters").stages(12) == (0, 3, 6, 9) and sv.ETPS(at="quarters").stages(2) == (0, 1)
     assert sv.ETPS(at="every").stages(12) == tuple(range(12))
     assert sv.TopK(at="every").stages(1) == (0,)
     with pytest.raises(ConfigError, match="2 ratios"):

@@ -251,7 +251,7 @@ def _short(reducer: Reducer) -> str:
 
 def _settings(settings: Settings, probe: Probe) -> dict[str, Any]:
     extra = {
-        "at": "blocks 3, 6 and 9; training-free and ToMe every block",
+        "at": "blocks 3, 6 and 9; the preset block 0, too; ToMe every block",
         "probe": f"logistic regression, C = {probe.strength:g} by 5-fold cross-validation on the training part",
     }
     shown = {k: v for k, v in vars(settings).items() if k != "targets"}

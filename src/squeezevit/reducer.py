@@ -212,17 +212,17 @@ class Staged(Reducer):
     """A reducer with few stages and a keep ratio for each.
 
     keep: ratio kept at every stage, or one per stage, each relative to the count before that stage.
-    at: 0-based block indices, ascending; None = one quarter, half and three quarters of the depth, (3, 6, 9) of 12; "every" = all
-    blocks.
+    at: 0-based block indices, ascending; None = one quarter, half and three quarters of the depth, (3, 6, 9) of 12; "quarters" =
+    the first block, too; "every" = all blocks.
     """
 
     keep: float | tuple[float, ...] = 0.7
-    at: tuple[int, ...] | Literal["every"] | None = None
+    at: tuple[int, ...] | Literal["quarters", "every"] | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         object.__setattr__(self, "keep", _ratios(name, self.keep))
-        if self.at not in (None, "every"):
+        if self.at not in (None, "quarters", "every"):
             at = _blocks(name, cast(Sequence[int], self.at))
             object.__setattr__(self, "at", at)
             self._check_lengths(at)
@@ -236,8 +236,8 @@ class Staged(Reducer):
 
     def stages(self, depth: int) -> tuple[int, ...]:
         at: tuple[int, ...]
-        if self.at is None:
-            at = tuple(sorted({depth * i // 4 for i in (1, 2, 3)}))
+        if self.at is None or self.at == "quarters":
+            at = tuple(sorted({depth * i // 4 for i in range(0 if self.at else 1, 4)}))
         else:
             at = tuple(range(depth)) if self.at == "every" else self.at
         if at[-1] >= depth:

@@ -16,7 +16,7 @@ STAGED: dict[str, Callable[..., Reducer]] = {
     "dynamicvit": DynamicViT,
     "topk": TopK,
     "random": Random,
-    "training-free": partial(Squeeze, score="redundancy", fuse="mass", at="every"),
+    "training-free": partial(Squeeze, score="redundancy", fuse="mass", at="quarters"),
 }
 METHODS = ("identity", *STAGED, "tome")
 LABELS = {
