@@ -17,8 +17,18 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # noqa: E402
 
+from squeezevit import demo  # noqa: E402
 from squeezevit.errors import DataError  # noqa: E402
-from squeezevit.report import Panel, Stage, draw_stage, figure, panels, stages_from_trace, write_report  # noqa: E402
+from squeezevit.report import (  # noqa: E402
+    Panel,
+    Stage,
+    charts,
+    draw_stage,
+    figure,
+    panels,
+    stages_from_trace,
+    write_report,
+)
 from squeezevit.report.charts import accuracy_chart, cosine_chart, speed_chart  # noqa: E402
 from squeezevit.report.findings import findings, ties  # noqa: E402
 from squeezevit.report.html import picture_uri  # noqa: E402
@@ -376,3 +386,9 @@ def test_pictures_are_made_to_fit() -> None:
     uri, size = picture_uri(noise, 40_000)
     assert len(uri) < 1.4 * 40_000
     assert abs(size[0] * 600 - size[1] * 800) < 800
+
+
+def test_every_method_of_the_demo_has_a_style_and_a_marker_of_its_own():
+    found = [charts.marker_svg(style) for style in charts._KNOWN.values()] + [charts.marker_svg(s) for s in charts._SPARE]
+    assert len(set(found)) == len(found)
+    assert set(demo.NAMES.values()) - {"Identity"} <= set(charts._KNOWN)
