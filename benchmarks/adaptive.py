@@ -27,7 +27,7 @@ from training_free import features, task_of
 
 OUT = Path(__file__).parent / "results" / "adaptive.json"
 SHARES = (0.35, 0.5, 0.65)  # of few, of all alike, and of many tokens
-BLOCKS = (0, 2, 4)
+BLOCKS = (0, 3)  # stages of the preset
 
 
 @torch.inference_mode()

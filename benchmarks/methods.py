@@ -3,7 +3,7 @@
     python benchmarks/methods.py                      # benchmarks/results/methods_cpu.json
     python benchmarks/methods.py --device cuda --precision bf16
     python benchmarks/methods.py --model vit_small_patch14_dinov2 --image-size 112 --shares 0.65 0.5 0.44 0.35 --times-only \
-        --json benchmarks/results/methods_dinov2_112.json        # what docs/training-free.md compares
+        --json benchmarks/results/methods_dinov2_112.json        # the model of docs/training-free.md
 
 DeiT-S at 224 pixels, half of the multiply-adds. Alternating rounds in one run; memory of a forward in a process of its own.
 """

@@ -56,16 +56,13 @@ def hosted(model: nn.Module, images: Tensor, reducer: sv.Squeeze) -> tuple[Tenso
     """Cosine of each pruned token with its host, and the patches reserved [B, K]."""
     tokens: list[Tensor] = []
     sv.reduce_(model, reducer)
-    stage = model.blocks[BLOCK]
-    handle = stage.norm2.register_forward_pre_hook(lambda m, args: tokens.append(args[0]))
     with sv.trace(model) as t:
         model(images)
-    handle.remove()
     sv.reduce_(model, sv.Identity())
-    handle = stage.norm2.register_forward_pre_hook(lambda m, args: tokens.append(args[0]))
+    handle = model.blocks[BLOCK].norm2.register_forward_pre_hook(lambda m, args: tokens.append(args[0]))
     model(images)
     handle.remove()
-    whole, s = tokens[1][:, 1:], t.stages[0]
+    whole, s = tokens[0][:, 1:], t.stages[0]
     gone, host = ops.take(whole, s.pruned), ops.take(ops.take(whole, s.kept), s.hosts)
     return F.cosine_similarity(gone, host, dim=-1), s.kept
 

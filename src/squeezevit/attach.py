@@ -431,8 +431,7 @@ def _keeps(host: Host, index: int, reducer: Reducer) -> bool | None:
         return None
     for projection in projections:
         _forget_(projection)
-    x, arguments = _trial(block, index, host.prefix, host.dim)
-    given = {name: value for name, value in arguments.items() if _has_rows(value)}
+    x, _, given = _trial(block, index, host.prefix, host.dim)
     with evaluation_mode(block), ops.no_autocast(x):
         evidence = own.attention(block, x, **given)
         computed = evidence.query(None), evidence.key()
@@ -515,8 +514,7 @@ def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> 
 def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int, scored: bool) -> None:
     """The bias is proved by what it is used for: a token with log(2) must count as much as the same token twice."""
     own = cut(base)
-    x, arguments = _trial(block, index, prefix, dim)
-    given = {name: value for name, value in arguments.items() if _has_rows(value)}
+    x, arguments, given = _trial(block, index, prefix, dim)
     with evaluation_mode(block), ops.no_autocast(x):
         whole = base.forward(block, x, **arguments)
         halves = own.mlp_half(block, own.attn_half(block, x, **given))
@@ -533,12 +531,13 @@ def _prove_halves(base: Any, block: nn.Module, index: int, prefix: int, dim: int
         _require_close(base, index, expected, counted, "its attention does not take an additive bias")
 
 
-def _trial(block: nn.Module, index: int, prefix: int, dim: int) -> tuple[Tensor, dict[str, Any]]:
-    """Random tokens of two images, with six patches each, and what the block must be called with beside them."""
+def _trial(block: nn.Module, index: int, prefix: int, dim: int) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+    """Random tokens of two images, with six patches each, what the block must be called with beside them, and the rows in that."""
     parameter = next(block.parameters())
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
     x = torch.randn(2, prefix + 6, dim, generator=torch.Generator().manual_seed(index), device="cpu").to(parameter.device, dtype)
-    return x, cut(host_class(block)).arguments(block, x[0, prefix:])
+    arguments = cut(host_class(block)).arguments(block, x[0, prefix:])
+    return x, arguments, {name: value for name, value in arguments.items() if _has_rows(value)}
 
 
 def _rows(value: Any, rows: tuple[int, ...]) -> Any:

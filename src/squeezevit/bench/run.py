@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import _dynamo as dynamo
 from torch import nn
 
 from squeezevit.attach import reduce_, restore_
@@ -64,8 +64,6 @@ def measure(
     """
     if compiled not in (None, *MODES):
         raise ConfigError(f"compiled={compiled!r} is no mode of torch.compile; choose from {', '.join(MODES)}")
-    if compiled is not None:
-        dynamo.reset()  # graphs of an earlier call would make this one's batch size dynamic
     device = next(model.parameters()).device
     restore_(model.eval())
     dense = macs(model, image_size)
@@ -75,7 +73,7 @@ def measure(
         variants[bound] = reduce_(share_weights(model), bound)
     x = images(model, batch_size, image_size)
     cases = {r: forward(variant, x, precision, compiled) for r, variant in _neighbours(variants, bounds).items()}
-    with dynamo.config.patch(recompile_limit=8 + 2 * len(cases)):  # all variants share their code
+    with nullcontext() if compiled is None else _fresh_graphs(len(cases)):
         times = alternate(cases, rounds, warmup=1 if compiled is None else 3, device=device, progress=progress)
 
     def speed(r: Reducer) -> Speed:
@@ -94,6 +92,17 @@ def measure(
         )
 
     return [speed(r) for r in reducers]
+
+
+def _fresh_graphs(variants: int) -> AbstractContextManager[Any]:
+    """Compiling anew, with room for so many variants, which share their code.
+
+    Graphs of an earlier call would make this one's batch size dynamic.
+    """
+    from torch import _dynamo  # takes a second to import
+
+    _dynamo.reset()
+    return _dynamo.config.patch(recompile_limit=8 + 2 * variants)
 
 
 def _limit(model: nn.Module, reducer: Reducer, image_size: int | tuple[int, int] | None) -> Slice | None:
