@@ -71,6 +71,7 @@ CURVES = {  # the share of tokens left on the way down, and the way of a share
     "geometric": (lambda way: math.exp(-way), lambda left: -math.log(left)),
     "linear": (lambda way: max(1 - way, 0), lambda left: 1 - left),
     "cosine": (lambda way: (1 + math.cos(math.pi * min(way, 1))) / 2, lambda left: math.acos(2 * left - 1) / math.pi),
+    "lorentzian": (lambda way: 1 / (1 + way * way), lambda left: math.sqrt(1 / left - 1)),
 }
 
 
@@ -80,7 +81,7 @@ def test_tokens_fall_along_a_curve_over_all_blocks(curve, share, size):
     """To the token, also where there are 49: rounding up at one block does not move the next."""
     model = timm.create_model("deit_tiny_patch16_224", img_size=size).eval()
     found = make_plan(model, sv.ETPS(mass=True), macs=share, curve=curve)
-    assert abs(found.macs_share - share) <= 0.01 and found.reducer.at == tuple(range(12)) and found.reducer.mass
+    assert abs(found.macs_share - share) <= 0.01 and found.reducer.at == "every" and found.reducer.mass
     counts = token_counts(sv.reduce_(model, found.reducer))
     falls, way = CURVES[curve]
     steepness = way(counts[6] / counts[0]) / 6
@@ -88,11 +89,23 @@ def test_tokens_fall_along_a_curve_over_all_blocks(curve, share, size):
     assert counts == pytest.approx(expected, abs=0.6 + 0.02 * counts[0])
 
 
-def test_a_curve_takes_the_place_of_stages(deit):
+@pytest.mark.parametrize(("at", "stages"), [((2, 5, 8), (2, 5, 8)), (None, (0, 3, 6, 9))])
+def test_tokens_fall_along_a_curve_over_chosen_stages(deit, at, stages):
+    """Those asked for, or the reducer's own."""
+    found = make_plan(deit, sv.ETPS(at="quarters"), macs=0.5, at=at, curve="lorentzian")
+    assert abs(found.macs_share - 0.5) <= 0.01 and found.reducer.stages(12) == stages
+    counts = token_counts(sv.reduce_(deit, found.reducer))
+    falls, way = CURVES["lorentzian"]
+    steepness = way(counts[1] / counts[0])
+    assert counts == pytest.approx([196 * falls(steepness * i) for i in range(len(stages) + 1)], abs=1 + 0.02 * 196)
+    sv.restore_(deit)
+
+
+def test_a_curve_that_cannot_be(deit):
     with pytest.raises(ConfigError, match=r"curve='steep' is not known; choose from geometric, linear, cosine"):
         sv.plan(deit, sv.ETPS, macs=0.5, curve="steep")
-    with pytest.raises(ConfigError, match=r"curve='linear' .* but at=\(3, 6\) is given; leave one of them out"):
-        sv.plan(deit, sv.ETPS, macs=0.5, curve="linear", at=(3, 6))
+    with pytest.raises(ConfigError, match=r"curve='linear' .* but at='auto' is given; leave one of them out"):
+        sv.plan(deit, sv.ETPS, macs=0.5, curve="linear", at="auto")
     with pytest.raises(ConfigError, match=r"curve='linear' .* but ToMe has no keep ratios"):
         sv.plan(deit, sv.ToMe, macs=0.5, curve="linear")
 

@@ -344,7 +344,7 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
         raise UnsupportedError(f"{type(model).__name__} puts no full grid out (grid=True); use sv.trace and its scatter_back")
     for i in range(stages[0] if stages else depth, depth):  # later blocks see fewer tokens, too
         prove(host.blocks[i], i, host.prefix, host.dim, reducer.scored and i in stages)
-    keeping = {i: _keeps(host, i, reducer) for i in stages}
+    keeping = [i for i in stages if _keeps(host, i, reducer)]
     rows = [per_token(block, host.dim) for block in host.blocks]
     touched = _touched(reducer, stages, depth, any(rows))
     heads = _heads(model, host, reducer, len(stages))
@@ -355,8 +355,7 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
         stage = stages.index(i) if i in stages else None
         block.__class__ = _subclass(cast(Any, type(block)), ReducedBlock)
         before = sum(s < i for s in stages)
-        how = keeping.get(i)
-        keeps = () if how is None else _keep_(block, how)
+        keeps = _keep_(block) if i in keeping else ()
         site = Site(state, i, stage, before, last=i == touched[-1], pooled=host.pooled, per_token=rows[i], keeps=keeps)
         block.squeezevit_site = site  # type: ignore[assignment]
     for module, mixin in host.mixins:
@@ -404,10 +403,10 @@ def restore_(model: Model) -> Model:
     return model
 
 
-def _keep_(block: nn.Module, always: bool) -> tuple[Keep, ...]:
+def _keep_(block: nn.Module) -> tuple[Keep, ...]:
     keeps = []
     for projection in cut(type(block)).projections(block):
-        keeps.append(Keep(always))
+        keeps.append(Keep())
         projection.register_forward_hook(keeps[-1])
     return tuple(keeps)
 
@@ -418,33 +417,30 @@ def _forget_(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _keeps(host: Host, index: int, reducer: Reducer) -> bool | None:
-    """Whether a stage takes queries and keys from its block's attention always, or once its projections are plain no more.
+def _keeps(host: Host, index: int, reducer: Reducer) -> bool:
+    """Whether a stage takes queries and keys from its block's attention.
 
-    None: never, as it runs before attention or asks for no evidence, or as they would not come out the same: a host may change in
+    Not where it runs before attention or asks for no evidence, nor where they would not come out the same: a host may change in
     place what its projections put out.
     """
     block = host.blocks[index]
     own = cut(host_class(block))
     projections = own.projections(block)
     if not (reducer.scored and reducer.place == "between" and projections) or next(block.parameters()).is_meta:
-        return None
+        return False
     for projection in projections:
         _forget_(projection)
     x, _, given = _trial(block, index, host.prefix, host.dim)
     with evaluation_mode(block), ops.no_autocast(x):
         evidence = own.attention(block, x, **given)
-        computed = evidence.query(None), evidence.key()
-        _keep_(block, always=True)
+        computed = evidence.x, evidence.query(None), evidence.key()
+        _keep_(block)
         own.attn_half(block, x, **given)
         again = own.attention(block, x, **given)
-        kept = again.query(None), again.key()
+        kept = again.x, again.query(None), again.key()
     for projection in projections:
         _forget_(projection)
-    if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(computed, kept, strict=True)):
-        return None
-    score = getattr(reducer, "score", None)
-    return evidence.key_weight is None or score == "received" or (score is not None and not host.class_token)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(computed, kept, strict=True))
 
 
 def _refuse(model: nn.Module, host: Host, reducer: Reducer) -> None:

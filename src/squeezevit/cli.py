@@ -313,7 +313,11 @@ def plan(
         str | None, typer.Option(help="Stages, as 3,6,9, or auto: the latest that reach the budget.", show_default="the method's")
     ] = None,
     curve: Annotated[
-        str | None, typer.Option(help="A stage in every block: geometric, linear or cosine, how the tokens left fall.")
+        str | None,
+        typer.Option(
+            help="How the tokens left fall: geometric, linear, cosine or lorentzian; at --at, or else in every block.",
+            show_default="the method's",
+        ),
     ] = None,
     batch_size: BatchSize = 1,
     image_size: ImageSize = None,
@@ -340,7 +344,7 @@ def plan(
 
     from squeezevit.plan import make_plan
     from squeezevit.reducers import ToMe
-    from squeezevit.reducers.names import staged
+    from squeezevit.reducers.names import CURVE, staged
 
     _check_json(json_file)
     if threads is not None:
@@ -357,6 +361,7 @@ def plan(
         _write_json(json_file, _calibrate(_to_device(net, device), template, macs, calibrate, images, image_size, batch_size))
         return
     net = _to_device(_create(model, False, None, image_size), device)
+    curve = CURVE.get(method.lower()) if curve is None and stages is None else curve
     with console.status("measuring"):
         found = make_plan(
             net, template, macs=macs, latency=latency, images_per_second=images_per_second, batch_size=batch_size,

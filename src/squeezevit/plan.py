@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -13,9 +13,9 @@ from squeezevit.attach import reduce_, restore_, retune_
 from squeezevit.errors import ConfigError
 from squeezevit.families import host_of
 from squeezevit.macs import fake_trace, macs, token_counts
-from squeezevit.reducer import Reducer, Staged
+from squeezevit.reducer import Reducer, Staged, block_indices
 from squeezevit.reducers import Identity, Random, ToMe
-from squeezevit.reducers.names import check_method, staged
+from squeezevit.reducers.names import CURVE, check_method, staged
 
 TOLERANCE = 0.004  # of the unreduced model's MACs
 WITHIN = 0.03  # of the time asked for, of a plan that needs no second look
@@ -23,6 +23,7 @@ CURVES: dict[str, Callable[[float], float]] = {  # the share of tokens left, whe
     "geometric": lambda way: math.exp(-way),
     "linear": lambda way: 1 - way,
     "cosine": lambda way: (1 + math.cos(math.pi * min(way, 1.0))) / 2,
+    "lorentzian": lambda way: 1 / (1 + way**2),  # level at first where little is to go, soon down where much is
 }
 logger = logging.getLogger(__name__)
 Make = Callable[[float], Reducer]  # from a strength of 0 (all tokens stay) to 1 (as few as the method can)
@@ -73,8 +74,9 @@ def make_plan(
 
     reducer: a class, or a reducer whose other options stay. One budget: macs, the share of the unreduced model's multiply-adds;
     latency, the share of its time a batch of `batch_size` on the model's own device; images_per_second, there. at: stages, "auto"
-    for the latest evenly spaced ones that reach the budget, or None for the reducer's own. curve: a stage in every block instead,
-    the tokens left falling along a "geometric", "linear" or "cosine" curve, whose steepness is planned.
+    for the latest evenly spaced ones that reach the budget, or None for the reducer's own. curve: a ratio for each stage instead of
+    one for all, so that the tokens left fall along a "geometric", "linear", "cosine" or "lorentzian" curve, whose steepness is
+    planned; where neither names stages there is one in every block.
     For times the model's blocks are timed at a few token counts (kept in a cache file by model, device, versions and setting;
     `fresh` measures again), the plan is verified by a measurement, and made anew from it where it misses by over 3 %.
     Raises ConfigError where the budget cannot be reached, saying what can.
@@ -91,7 +93,7 @@ def make_plan(
     restore_(model)
     template = reducer() if isinstance(reducer, type) else reducer
     depth = len(host_of(model).blocks)
-    tries = [_curved(template, at, curve, depth)] if curve is not None else _placements(template, at, depth)
+    tries = [_curved(template, at, curve)] if curve is not None else _placements(template, at, depth)
     for i, candidate in enumerate(tries):
         try:
             if macs is not None:
@@ -121,20 +123,20 @@ def _placements(template: Reducer, at: Sequence[int] | str | None, depth: int) -
     return [replace(template, keep=0.5, at=blocks) for blocks in spaced]
 
 
-def _curved(template: Reducer, at: object, curve: str, depth: int) -> Reducer:
+def _curved(template: Reducer, at: Sequence[int] | str | None, curve: str) -> Reducer:
     if curve not in CURVES:
         raise ConfigError(f"curve={curve!r} is not known; choose from {', '.join(CURVES)}")
-    if not isinstance(template, Staged) or at is not None:
+    if not isinstance(template, Staged) or at == "auto":
         why = f"at={at!r} is given" if at is not None else f"{type(template).__name__} has no keep ratios"
-        raise ConfigError(f"curve={curve!r} spreads a keep ratio over all blocks, but {why}; leave one of them out")
-    return replace(template, keep=1.0, at=tuple(range(depth)))
+        raise ConfigError(f"curve={curve!r} gives each stage a keep ratio, but {why}; leave one of them out")
+    stages = template.at if at is None else block_indices(type(template).__name__, cast(Sequence[int], at))
+    return replace(template, keep=1.0, at="every" if stages is None else stages)
 
 
-def _on_curve(template: Staged, curve: str, strength: float, patches: int) -> Staged:
-    """The keep ratios that follow a curve down, from level at strength 0 to falling at once at 1."""
+def on_curve(template: Staged, curve: str, strength: float, patches: int, stages: int) -> Staged:
+    """The keep ratios of `stages` stages that follow a curve down, from level at strength 0 to falling at once at 1."""
     steepness = strength / max(1 - strength, 1e-4)
-    depth = len(template.at or ())
-    left = [max(round(patches * CURVES[curve](steepness * i / depth)), 1) for i in range(depth + 1)]
+    left = [max(round(patches * CURVES[curve](steepness * i / stages)), 1) for i in range(stages + 1)]
     # never a little too high, as counts are rounded up
     return replace(template, keep=tuple(max(math.floor(1e6 * b / a) / 1e6, 1e-6) for a, b in pairwise(left)))
 
@@ -142,14 +144,14 @@ def _on_curve(template: Staged, curve: str, strength: float, patches: int) -> St
 def _maker(model: nn.Module, template: Reducer, image_size: int | tuple[int, int] | None, curve: str | None = None) -> Make:
     if isinstance(template, ToMe) or curve is not None:
         patches = token_counts(reduce_(model, Random(keep=1.0)), image_size)[0]
-        restore_(model)
+        depth = len(host_of(restore_(model)).blocks)
     if isinstance(template, ToMe):
-        depth = len(host_of(model).blocks)
         return lambda strength: tome(strength * patches / 2, depth)
     if not isinstance(template, Staged):
         raise ConfigError(f"{template} has no keep ratio to plan; give a reducer with one, as sv.ETPS")
     if curve is not None:
-        return lambda strength: _on_curve(template, curve, strength, patches)
+        stages = len(template.stages(depth))
+        return lambda strength: on_curve(template, curve, strength, patches, stages)
     return lambda strength: replace(template, keep=max(round(1 - strength, 4), 1e-4))
 
 
@@ -243,16 +245,17 @@ def plan_macs(
 ) -> Reducer:
     """`plan` for a share of the multiply-adds, by a method's name; "identity" is itself.
 
-    One keep ratio for all stages (one r for ToMe, spread evenly) is found on the MACs counted; they move in steps of one token,
-    so the share is met to 0.4 points or half a step, whichever is more.
+    One keep ratio for all stages (one r for ToMe, spread evenly; of the preset ratios along its curve) is found on the MACs
+    counted; they move in steps of one token, so the share is met to 0.4 points or half a step, whichever is more.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"share {share!r} of the multiply-adds is not above 0 and at most 1; give 0.5 for half")
     if check_method(method) == "identity":
         return Identity()
     template = ToMe() if method.lower() == "tome" else staged(method, 0.5, at)
+    make = _maker(restore_(model), template, image_size, CURVE.get(method.lower()))
     try:
-        return _meet_macs(model, _maker(restore_(model), template, image_size), share, method, image_size)
+        return _meet_macs(model, make, share, method, image_size)
     finally:
         restore_(model)
 

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from squeezevit.families import is_plain
 
 
 class ScoreHead(nn.Module):
@@ -37,12 +40,23 @@ class ScoreHead(nn.Module):
         nn.init.constant_(last.bias[1:], -odds / 2)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """kept [B, N]: 1 for tokens that count in the mean, 0 for those dropped at an earlier stage; None = all count."""
+        """kept [B, N]: 1 for tokens that count in the mean, 0 for those dropped at an earlier stage; None = all count.
+
+        The mean's part of the next projection is the same for all tokens of an image and computed once, which leaves out a sixth of
+        the head's multiply-adds. `sv.macs`, which runs it without values, counts the head as the papers write it.
+        """
         local, shared = self.in_conv(x).split(x.shape[-1] // 2, dim=-1)
         if kept is not None:
             shared = shared * (kept * (x.shape[1] / kept.sum(dim=1, keepdim=True)))[..., None].to(shared.dtype)
-        shared = shared.mean(dim=1, keepdim=True).expand_as(local)
-        return self.out_conv(torch.cat([local, shared], dim=-1))
+        shared = shared.mean(dim=1, keepdim=True)  # (B, 1, C/2)
+        first, *rest = cast(Any, self.out_conv)
+        if x.is_meta or not is_plain(first):
+            return self.out_conv(torch.cat([local, shared.expand_as(local)], dim=-1))
+        weight = first.weight.split(local.shape[-1], dim=1)
+        y = F.linear(local, weight[0]) + F.linear(shared, weight[1], first.bias)  # (B, N, C/2)
+        for module in rest:
+            y = module(y)
+        return y
 
 
 class ScoreHeads(nn.ModuleList):

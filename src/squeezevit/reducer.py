@@ -223,7 +223,7 @@ class Staged(Reducer):
         name = type(self).__name__
         object.__setattr__(self, "keep", _ratios(name, self.keep))
         if self.at not in (None, "quarters", "every"):
-            at = _blocks(name, cast(Sequence[int], self.at))
+            at = block_indices(name, cast(Sequence[int], self.at))
             object.__setattr__(self, "at", at)
             self._check_lengths(at)
 
@@ -316,7 +316,8 @@ def _ratio(name: str, keep: object, value: object) -> float:
     return ratio
 
 
-def _blocks(name: str, at: Sequence[int]) -> tuple[int, ...]:
+def block_indices(name: str, at: Sequence[int]) -> tuple[int, ...]:
+    """0-based and ascending. Raises ConfigError, in the name of a reducer, where they are not."""
     values = tuple(at) if isinstance(at, Sequence) and not isinstance(at, str) else (at,)
     good = bool(values) and all(is_index(i) for i in values)
     if not good or any(a >= b for a, b in pairwise(values)):

@@ -115,7 +115,10 @@ def attention(block: nn.Module, x: Tensor, **per_token: Any) -> Attention:
 
 @singledispatch
 def projections(block: nn.Module) -> tuple[nn.Module, ...]:
-    """The block's modules that make queries and keys: `attention` may take their results from `output`, not compute them again."""
+    """The block's modules that make queries and keys, a norm before them included.
+
+    `attention` may take their results from `output`, which does not compute again what the block's own attention has computed.
+    """
     return ()
 
 
@@ -193,19 +196,13 @@ def knows(block_class: type) -> bool:
 
 
 class Keep:
-    """A forward hook that keeps what a projection put out until the stage behind it has taken it, apart for each thread.
+    """A forward hook that keeps what a projection put out until the stage behind it has taken it, apart for each thread."""
 
-    always: also of a plain linear map, whose weight the score would otherwise be folded into.
-    """
-
-    def __init__(self, always: bool) -> None:
-        self.always = always
+    def __init__(self) -> None:
         self.outputs: dict[int, Tensor] = {}
         self.compiled: Tensor | None = None  # no dictionary: some hosts' compiled code bears no change of one
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if not self.always and is_plain(module):
-            return
         if torch.compiler.is_compiling():
             self.compiled = output
         else:
@@ -220,7 +217,7 @@ class Keep:
             self.outputs.pop(threading.get_ident(), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"always": self.always, "outputs": {}, "compiled": None}
+        return {"outputs": {}, "compiled": None}
 
 
 def kept(projection: nn.Module) -> Tensor | None:

@@ -7,10 +7,10 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from squeezevit.errors import UnsupportedError
-from squeezevit.families import Host, attention, attn_half, host, mlp_half, multihead
+from squeezevit.families import Host, attention, attn_half, host, mlp_half, multihead, output, projections
 from squeezevit.families.tokens import WeightedPooling, weighted
 from squeezevit.reducer import Attention
 
@@ -27,7 +27,12 @@ def _(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
 
 @attention.register
 def _(block: ResidualAttentionBlock, x: Tensor) -> Attention:
-    return multihead.scores(block.attn, block.ln_1(x))
+    return multihead.scores(block.attn, output(block.ln_1, x))
+
+
+@projections.register
+def _(block: ResidualAttentionBlock) -> tuple[nn.Module, ...]:
+    return (block.ln_1,)  # queries and keys come from rows of a parameter
 
 
 class ReducedVisual:

@@ -28,7 +28,7 @@ def _(block: Block, x: Tensor) -> Tensor:
 
 @attention.register
 def _(block: Block, x: Tensor) -> Attention:
-    return _attention(block.attn, block.norm1(x))
+    return _attention(block.attn, output(block.norm1, x))
 
 
 @attn_half.register
@@ -60,7 +60,7 @@ def _(block: EvaBlock, x: Tensor) -> Tensor:
 
 @attention.register
 def _(block: EvaBlock, x: Tensor, rope: Tensor | None = None) -> Attention:
-    return _attention(block.attn, block.norm1(x), rope)
+    return _attention(block.attn, output(block.norm1, x), rope)
 
 
 @attn_half.register
@@ -85,7 +85,8 @@ def _(block: EvaBlockPostNorm, x: Tensor, rope: Tensor | None = None) -> Attenti
 def _(block: Any) -> tuple[nn.Module, ...]:
     names = ("q_proj", "k_proj") if getattr(block.attn, "qkv", None) is None else ("qkv",)
     found = [m for name in names if isinstance(m := getattr(block.attn, name, None), nn.Module)]
-    return tuple(found) if len(found) == len(names) else ()
+    norm = () if isinstance(block, ResPostBlock | EvaBlockPostNorm) else (block.norm1,)
+    return (*norm, *found) if len(found) == len(names) else ()
 
 
 @arguments.register(EvaBlock)
@@ -101,7 +102,8 @@ def _attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Attention:
             f"attention of class {type(attn).__module__}.{type(attn).__qualname__} has no plain rows to score by; choose a "
             "reducer with another score (DTPS, Random), or register squeezevit.families.attention for its block"
         )
-    weight, bias = _weights(attn, 1) if rope is None and isinstance(attn.k_norm, nn.Identity) else (None, None)
+    folds = rope is None and isinstance(attn.k_norm, nn.Identity) and kept(attn.k_proj if attn.qkv is None else attn.qkv) is None
+    weight, bias = _weights(attn, 1) if folds else (None, None)
     if weight is not None and weight.shape[0] != attn.num_heads * _head_dim(attn):  # heads that share their keys
         weight = bias = None
     return Attention(
@@ -111,12 +113,12 @@ def _attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Attention:
 
 def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
     """Scaled queries (which = 0) or keys (which = 1): [B, T, C] -> [B, H, T, d]."""
-    weight, bias = _weights(attn, which)
+    weight, bias = (None, None) if attn.qkv is None or kept(attn.qkv) is not None else _weights(attn, which)
     if attn.qkv is None:
         y = output((attn.q_proj, attn.k_proj)[which], x)
-    elif weight is not None and kept(attn.qkv) is None:
+    elif weight is not None:
         y = F.linear(x, weight, bias)
-    else:  # an adapter, a quantised leaf, a sharded weight: only the module itself knows
+    else:  # known, or an adapter, a quantised leaf, a sharded weight: only the module itself knows
         y = output(attn.qkv, x).chunk(3, dim=-1)[which]
         own = _own_bias(attn, which)
         y = y if own is None else y + own
@@ -126,7 +128,9 @@ def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
     if rope is not None and y.shape[2] > prefix:
         rotated = apply_rot_embed_cat(y[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
         y = torch.cat([y[:, :, :prefix], rotated], dim=2)
-    return y.repeat_interleave(attn.num_heads // y.shape[1], dim=1) if which else y * attn.scale
+    if not which:
+        return y * attn.scale
+    return y if y.shape[1] == attn.num_heads else y.repeat_interleave(attn.num_heads // y.shape[1], dim=1)
 
 
 def _weights(attn: Any, which: int) -> tuple[Tensor | None, Tensor | None]:

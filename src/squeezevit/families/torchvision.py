@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from squeezevit.families import Host, attention, attn_half, host, mlp_half, multihead
+from squeezevit.families import Host, attention, attn_half, host, mlp_half, multihead, output, projections
 from squeezevit.families.tokens import Tower
 from squeezevit.reducer import Attention
 
@@ -20,7 +20,12 @@ def _(block: EncoderBlock, x: Tensor) -> Tensor:
 
 @attention.register
 def _(block: EncoderBlock, x: Tensor) -> Attention:
-    return multihead.scores(block.self_attention, block.ln_1(x))
+    return multihead.scores(block.self_attention, output(block.ln_1, x))
+
+
+@projections.register
+def _(block: EncoderBlock) -> tuple[nn.Module, ...]:
+    return (block.ln_1,)  # queries and keys come from rows of a parameter
 
 
 @host.register

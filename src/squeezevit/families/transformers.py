@@ -18,6 +18,7 @@ from squeezevit.families import (
     host,
     host_class,
     is_plain,
+    kept,
     knows,
     mlp_half,
     output,
@@ -84,11 +85,11 @@ def _register(layer: type, layout: _Layout) -> None:
 
     @attention.register(layer)
     def _(block: Any, x: Tensor, **rotary: Any) -> Attention:
-        return _attention(getattr(block, attn), getattr(block, norm1)(x), **rotary)
+        return _attention(getattr(block, attn), output(getattr(block, norm1), x), **rotary)
 
     @projections.register(layer)
     def _(block: Any) -> tuple[nn.Module, ...]:
-        return getattr(block, attn).q_proj, getattr(block, attn).k_proj
+        return getattr(block, norm1), getattr(block, attn).q_proj, getattr(block, attn).k_proj
 
     @arguments.register(layer)
     def _(block: Any, patches: Tensor) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] 
         return sys.modules[host_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
 
     scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
-    plain = position_embeddings is None and is_plain(attn.k_proj)
+    plain = position_embeddings is None and is_plain(attn.k_proj) and kept(attn.k_proj) is None
     return Attention(
         x, attn.config.num_attention_heads, lambda n: project(attn.q_proj, x[:, :n]) * scale, lambda: project(attn.k_proj, x),
         attn.k_proj.weight if plain else None, attn.k_proj.bias if plain else None,
