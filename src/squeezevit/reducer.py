@@ -108,6 +108,10 @@ class Stage:
         bias = None if a.key_bias is None else a.key_bias.unflatten(0, (a.heads, -1)).mean(dim=0)
         return F.linear(a.x[:, self.prefix :], weight, bias)
 
+    def normed(self) -> Tensor:
+        """Patch tokens as the block's attention gets them, behind its norm: [B, N, C]."""
+        return self.attend().x[:, self.prefix :]
+
     def head_logits(self) -> Tensor:
         """The learned head's log-probabilities of keeping and of dropping each patch token: [B, N, 2], float32 or wider."""
         assert self.head is not None

@@ -16,7 +16,7 @@ STAGED: dict[str, Callable[..., Reducer]] = {
     "dynamicvit": DynamicViT,
     "topk": TopK,
     "random": Random,
-    "training-free": partial(Squeeze, score="redundancy", fuse="mass", at="quarters"),
+    "training-free": partial(Squeeze, score="mrmr", fuse="mass", at="quarters"),
 }
 CURVE = {"training-free": "lorentzian"}  # along which a budget spreads a method's ratios; one ratio for all stages elsewhere
 METHODS = ("identity", *STAGED, "tome")
