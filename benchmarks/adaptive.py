@@ -23,6 +23,7 @@ import squeezevit as sv
 from squeezevit.bench.machine import command, machine, now, versions
 from squeezevit.plan import make_plan
 from squeezevit.presets import PRESETS
+from squeezevit.reducers.names import CURVE
 from training_free import features, task_of
 
 OUT = Path(__file__).parent / "results" / "adaptive.json"
@@ -57,7 +58,7 @@ def buckets(measure: np.ndarray, costs: np.ndarray) -> np.ndarray:
 
 def compare(name: str, model: nn.Module, batches: list[Tensor], size: int, right) -> dict:
     dense = features(sv.restore_(model), batches)
-    plans = [make_plan(model, PRESETS["training-free"], macs=s, image_size=size) for s in SHARES]
+    plans = [make_plan(model, PRESETS["training-free"], macs=s, image_size=size, curve=CURVE["training-free"]) for s in SHARES]
     hits, cosines = [], []
     for plan in plans:
         found = features(sv.reduce_(model, plan.reducer), batches)

@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 REDUCERS = (
     sv.ETPS(keep=0.7), sv.ETPS(keep=0.5), sv.ETPS(keep=0.5, at=(2, 4, 6, 8)), sv.ETPS(keep=0.5, mass=True),
     sv.DTPS(keep=0.7), sv.DTPS(keep=0.5), sv.DTPS(keep=0.5, at=(2, 4, 6, 8)), sv.preset("training-free"),
-    sv.Squeeze(keep=0.8775, at="every", score="redundancy", fuse="mass"),
+    sv.Squeeze(keep=0.8775, at="every", score="mrmr", fuse="mass"),
 )  # fmt: skip
 DEIT = {name: f"deit_{name}_patch16_224" for name in ("tiny", "small", "base")}
 COMPILED = (sv.ETPS(keep=0.5), sv.DTPS(keep=0.5))  # a variant takes half a minute to compile

@@ -1,6 +1,6 @@
 """How time and multiply-adds grow with the number of tokens: 224 to 1036 pixels, unreduced and reduced.
 
-    python benchmarks/resolution.py                   # benchmarks/results/resolution_cpu.json and docs/resolution.svg
+    python benchmarks/resolution.py                   # benchmarks/results/resolution_cpu.json
     python benchmarks/resolution.py --device cuda --precision bf16
 
 DINOv2 ViT-S/14 (random weights: time depends on shapes alone), one image. Best and median of alternating rounds.
@@ -22,25 +22,6 @@ from squeezevit.bench.run import measure
 RESULTS = Path(__file__).parent / "results"
 SIZES = (224, 336, 448, 518, 700, 1036)
 REDUCERS = {"unreduced": sv.Identity(), "eTPS 0.7": sv.ETPS(keep=0.7), "eTPS 0.5": sv.ETPS(keep=0.5), "preset 50 %": None}
-
-
-def draw(rows: list[dict], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for name, marker in zip(REDUCERS, "os^D", strict=True):
-        own = [r for r in rows if r["name"] == name]
-        axis.plot([r["patches"] for r in own], [1e3 / r["images_per_second_best"] for r in own], marker=marker, label=name)
-    axis.set(xscale="log", yscale="log", xlabel="patch tokens coming in", ylabel="milliseconds an image, best round")
-    ticks = sorted({r["patches"] for r in rows})
-    axis.set_xticks(ticks, [str(t) for t in ticks])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    figure.savefig(file)
 
 
 def main() -> None:
@@ -67,8 +48,6 @@ def main() -> None:
             sys.stdout.flush()
     kind = torch.device(args.device).type
     (RESULTS / f"resolution_{kind}.json").write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
-    if kind == "cpu":
-        draw(rows, RESULTS.parents[1] / "docs" / "resolution.svg")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from squeezevit.bench.machine import command, machine, now, versions
 from squeezevit.data import dinov2, elpv
 from squeezevit.plan import make_plan
 from squeezevit.presets import PRESETS
-from training_free import crops, features
+from squeezevit.reducers.names import CURVE
+from training_free import crops, features, photographs
 
 OUT = Path(__file__).parent / "results" / "why.json"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -41,9 +42,11 @@ RANKINGS = {
 PRESET = PRESETS["training-free"]
 VARIANTS = {
     "preset": PRESET,
-    "class attention instead of redundancy": replace(PRESET, score="auto"),
-    "a random order instead of redundancy": replace(PRESET, score="random"),
-    "no stage at block 0": replace(PRESET, at=None),
+    "redundancy alone": replace(PRESET, score="redundancy"),
+    "class attention alone": replace(PRESET, score="auto"),
+    "a random order": replace(PRESET, score="random"),
+    "one ratio for all stages": PRESET,
+    "no stage at block 0": replace(PRESET, at=(3, 6, 9)),
     "a stage in every block": replace(PRESET, at="every"),
     "the paper's weights instead of masses": replace(PRESET, fuse="cosine"),
     "masses without the bias in attention": replace(PRESET, bias=False),
@@ -113,7 +116,7 @@ def curves(cosines: dict[str, np.ndarray]) -> None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model = dinov2.dinov2_vit_small(224).eval()
-    batches = list(torch.cat(crops())[1::2].split(16))  # search.py chose on the others
+    batches = photographs()
     cosines = {n: torch.cat([hosted(model, x, r)[0] for x in batches]).flatten().numpy() for n, r in RANKINGS.items()}
     likeness = [
         {"pruned_by": n, "mean": float(v.mean()), "below_0.5": float((v < 0.5).mean()), "lowest_tenth": float(np.quantile(v, 0.1))}
@@ -124,7 +127,7 @@ def main() -> None:
     dense = features(sv.restore_(model), batches)
     rows = []
     for name, template in VARIANTS.items():
-        plan = make_plan(model, template, macs=0.5)
+        plan = make_plan(model, template, macs=0.5, curve=None if "one ratio" in name else CURVE["training-free"])
         found = features(sv.reduce_(model, plan.reducer), batches)
         sv.restore_(model)
         cosine = F.cosine_similarity(found, dense)
