@@ -55,7 +55,10 @@ def decoder() -> Decoder:
     graph = onnx.load(str(dinov2.weights_path())).graph
     arrays = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer if i.name.startswith("decoder.")}
     model = Decoder().eval()
-    model.load_state_dict({n.removeprefix("decoder."): torch.from_numpy(a.copy()) for n, a in arrays.items()}, strict=False)
+    state = {n.removeprefix("decoder."): torch.from_numpy(a.copy()) for n, a in arrays.items()}
+    found = model.load_state_dict(state, strict=False)
+    if found.unexpected_keys or not all(key.endswith("num_batches_tracked") for key in found.missing_keys):
+        raise ValueError(f"the decoder in the file is another one: {found}")
     return model
 
 

@@ -168,6 +168,27 @@ def test_heads_are_born_where_the_blocks_are(dtype):
     assert all(m.training for m in model.token_reducer.modules())
 
 
+def test_score_heads_run_whole_where_a_part_is_not_plain():
+    """Hooks, a forward of one's own and adapters are called; plain heads give the same without the repeated product."""
+    head = ScoreHeads([0.5], 16)[0].eval()
+    with torch.no_grad():
+        for p in head.parameters():
+            p.copy_(torch.randn_like(p))  # fresh heads say nearly the same of every token
+    x, kept = torch.randn(2, 7, 16), (torch.rand(2, 7) > 0.3).float()
+    plain = head(x, kept), head(x)
+    seen = []
+    for module in (head.out_conv, head.out_conv[0]):
+        handle = module.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+        for found, expected in zip((head(x, kept), head(x)), plain, strict=True):
+            torch.testing.assert_close(found, expected)
+        handle.remove()
+    assert seen == [(2, 7, 2)] * 2 + [(2, 7, 8)] * 2
+    own, head.out_conv[0].forward = head.out_conv[0].forward, lambda x: torch.zeros(*x.shape[:-1], 8)
+    assert not torch.allclose(head(x), plain[1])
+    head.out_conv[0].forward = own
+    torch.testing.assert_close(head(x), plain[1])
+
+
 def test_heads_that_fit_are_kept():
     model = zoo.reduce(zoo.build("plain"), sv.DTPS(keep=0.5))
     heads = model.token_reducer

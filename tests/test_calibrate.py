@@ -47,6 +47,15 @@ def test_fidelity_is_the_cosine_with_the_unreduced_features(model):
     sv.restore_(model)
 
 
+def test_the_search_begins_at_the_templates_own_ratios(model):
+    """In their proportions, whatever the share."""
+    search = job._Search(model, sv.Squeeze(keep=(0.9, 0.7, 0.5), at=(0, 2, 4)), 0.6, [zoo.images(2)], None)
+    at, weights = search.start
+    assert at == (0, 2, 4) and weights == pytest.approx([0.274, 0.926, 1.8], abs=2e-3)
+    keep = search.reducer(search.start).keep
+    assert 1 > keep[0] > keep[1] > keep[2]
+
+
 def test_changes_are_valid_schedules_and_one_step_away(model):
     search = job._Search(model, sv.ETPS(at=(1, 3, 4)), 0.6, [zoo.images(2)], None)
     changes = list(search.changes(search.start))

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import squeezevit as sv
 import zoo
-from squeezevit.families import Keep, kept, projections
+from squeezevit.families import Keep, attention, attn_half, kept, mlp_half, projections
 
 CASES = {  # (kind of model, reducer): the norm before attention, and projections, of a block
     ("plain", sv.ETPS(keep=0.6)): 2,
@@ -80,6 +81,48 @@ def test_blocks_of_ones_own_with_other_projections_are_reduced():
     attn = model.blocks[1].attn
     attn.to_qkv, attn.qkv = attn.qkv, None
     assert projections(model.blocks[1]) == () and len(projections(model.blocks[0])) == 2
+
+
+def test_a_block_of_ones_own_with_another_norm_is_reduced():
+    class Own(type(zoo.build("plain").blocks[0])):
+        """Cut by handlers of its own."""
+
+    class Twice(type(zoo.build("plain").blocks[0])):
+        """Norms prefix and patches one after the other, so that what its norm put out last is not what attention sees."""
+
+    attn_half.register(Own, lambda block, x, bias=None: x + block.attn(block.before(x), attn_mask=bias))
+    attention.register(
+        Own, lambda block, x: attention.dispatch(Own.__base__)(SimpleNamespace(attn=block.attn, norm1=block.before), x)
+    )
+    Own.forward = lambda block, x: mlp_half(block, attn_half(block, x))
+    attn_half.register(Twice, lambda block, x, bias=None: x + block.attn(norm_twice(block, x), attn_mask=bias))
+    for base in (Own, Twice):
+        model = zoo.build("plain")
+        for block in model.blocks:
+            block.__class__ = base
+            if base is Own:
+                block.before, block.norm1 = block.norm1, None
+        expected = zoo.run(sv.reduce_(zoo.build("plain"), sv.ETPS(keep=0.6)), zoo.images())
+        torch.testing.assert_close(zoo.run(sv.reduce_(model, sv.ETPS(keep=0.6)), zoo.images()), expected)
+        assert bool(hooks(model)) == (base is Own), "the norm that runs twice is not kept"
+
+
+def norm_twice(block: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([block.norm1(x[:, :1]), block.norm1(x[:, 1:])], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "eva02", "hf-dinov3"])
+def test_what_runs_outside_of_the_block_is_not_kept(kind):
+    model = zoo.reduce(zoo.build(kind), sv.ETPS(keep=0.6))
+    expected = zoo.run(model, zoo.images())
+    for block in zoo.blocks(model):
+        for module in projections(block):
+            module(torch.randn(2, 5, zoo.DIM))
+    assert hooks(model) and not any(h.outputs for h in hooks(model))
+    again = zoo.run(model, zoo.images())
+    torch.testing.assert_close(
+        *(getattr(o, "logits", getattr(o, "last_hidden_state", o)) for o in (again, expected)), rtol=0, atol=0
+    )
 
 
 def test_a_forward_that_fails_leaves_nothing_behind():

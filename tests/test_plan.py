@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 
 import squeezevit as sv
 import zoo
-from squeezevit import latency
+from squeezevit import cli, latency
 from squeezevit.errors import ConfigError
 from squeezevit.latency import Profile
 from squeezevit.macs import token_counts
-from squeezevit.plan import make_plan
+from squeezevit.plan import make_plan, plan_macs
 
 REDUCERS = [sv.ETPS, sv.ETPS(mass=True), sv.DTPS, sv.EViT, sv.TopK, sv.ToMe, sv.Random, sv.ETPS(at=(2, 4, 6, 8))]
 
@@ -101,12 +102,39 @@ def test_tokens_fall_along_a_curve_over_chosen_stages(deit, at, stages):
     sv.restore_(deit)
 
 
+def test_a_plan_that_fails_leaves_the_model_unreduced(deit):
+    for method in ("tome", "training-free", "etps"):
+        with pytest.raises(ConfigError):
+            plan_macs(deit, method, 0.5, image_size=65)
+        assert not hasattr(deit, "squeezevit_state")
+
+
+def test_the_preset_by_name_or_by_budget_is_the_same(deit):
+    """Its ratios differ from stage to stage: gentle at first where little is to go."""
+    for share in (0.65, 0.5):
+        reducer = plan_macs(deit, "training-free", share)
+        assert reducer == sv.preset("training-free", macs=share, model=deit)
+        assert reducer.keep[0] > max(reducer.keep[1:]) + 0.1 and len(reducer.keep) == 4
+    typical = sv.preset("training-free", macs=0.5).keep
+    assert typical == pytest.approx(reducer.keep, abs=0.02)
+
+
+@pytest.mark.parametrize("options", [[], ["--at", "0,3,6,9"]])
+def test_the_command_plans_the_preset_along_its_curve(options, tmp_path):
+    file = tmp_path / "plan.json"
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["plan", "--method", "training-free", "--macs", "0.5", "--json", str(file), *options])
+    found = json.loads(file.read_text())["reducer"]
+    first, *later = map(float, re.search(r"keep=\(([^)]*)\)", found)[1].split(","))
+    assert len(later) == 3 and first > max(later) + 0.1
+
+
 def test_a_curve_that_cannot_be(deit):
     with pytest.raises(ConfigError, match=r"curve='steep' is not known; choose from geometric, linear, cosine"):
         sv.plan(deit, sv.ETPS, macs=0.5, curve="steep")
-    with pytest.raises(ConfigError, match=r"curve='linear' .* but at='auto' is given; leave one of them out"):
+    with pytest.raises(ConfigError, match=r"curve='linear' .* but at='auto' looks for stages of one; leave one out"):
         sv.plan(deit, sv.ETPS, macs=0.5, curve="linear", at="auto")
-    with pytest.raises(ConfigError, match=r"curve='linear' .* but ToMe has no keep ratios"):
+    with pytest.raises(ConfigError, match=r"ToMe has no keep ratios to spread \(curve='linear'\)"):
         sv.plan(deit, sv.ToMe, macs=0.5, curve="linear")
 
 

@@ -102,7 +102,7 @@ class Site:
     last: bool  # no later block reads the slots
     pooled: bool  # but pooling may
     per_token: tuple[str, ...]  # arguments of the block that have a row for each patch token
-    keeps: tuple[Keep, ...] = ()  # of the projections whose results the stage takes from the block's attention
+    keeps: tuple[Keep, ...] = ()  # of the modules whose results the stage takes from the block's attention
     seen: int = 0  # address of the block's input in the last forward; see `_check_owner`
 
     def carry_in(self, x: Tensor, training: bool) -> Carry:
@@ -236,6 +236,8 @@ class ReducedBlock(_Subclass):
             x, leaving = reduction.tokens, reduction.leaving
         here = _at_places(per_token, carry)
         try:
+            for keep in site.keeps:
+                keep.begin()
             y = cut.attn_half(self, x, _as_bias(carry, x), **here)
             if leaving is not None:
                 y = ops.take(y, leaving)
@@ -418,29 +420,35 @@ def _forget_(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _keeps(host: Host, index: int, reducer: Reducer) -> bool:
-    """Whether a stage takes queries and keys from its block's attention.
+    """Whether a stage takes norm, queries and keys from its block's attention.
 
     Not where it runs before attention or asks for no evidence, nor where they would not come out the same: a host may change in
-    place what its projections put out.
+    place what its projections put out, or use its norm for something else as well.
     """
     block = host.blocks[index]
     own = cut(host_class(block))
-    projections = own.projections(block)
-    if not (reducer.scored and reducer.place == "between" and projections) or next(block.parameters()).is_meta:
+    modules = own.projections(block)
+    if not (reducer.scored and reducer.place == "between" and modules) or next(block.parameters()).is_meta:
         return False
-    for projection in projections:
-        _forget_(projection)
+    for module in modules:
+        _forget_(module)
     x, _, given = _trial(block, index, host.prefix, host.dim)
+
+    def evidence() -> tuple[Tensor, Tensor, Tensor]:
+        a = own.attention(block, x, **given)
+        return a.x, a.query(None), a.key()
+
     with evaluation_mode(block), ops.no_autocast(x):
-        evidence = own.attention(block, x, **given)
-        computed = evidence.x, evidence.query(None), evidence.key()
-        _keep_(block)
-        own.attn_half(block, x, **given)
-        again = own.attention(block, x, **given)
-        kept = again.x, again.query(None), again.key()
-    for projection in projections:
-        _forget_(projection)
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(computed, kept, strict=True))
+        computed = evidence()
+        for keep in _keep_(block):
+            keep.begin()
+        try:
+            own.attn_half(block, x, **given)
+            kept = evidence()
+        finally:
+            for module in modules:
+                _forget_(module)
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(computed, kept, strict=True))
 
 
 def _refuse(model: nn.Module, host: Host, reducer: Reducer) -> None:

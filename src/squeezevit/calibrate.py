@@ -3,6 +3,7 @@
 A search over stages and the share each takes of the reduction, every candidate brought to the same multiply-adds. No labels.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +29,7 @@ class Calibration:
     """What a search found. Fidelity is the mean cosine of features with the unreduced model's."""
 
     reducer: Staged
-    default: Staged  # the template's own stages with one ratio, at the same MACs
+    default: Staged  # the template's own stages, its ratios in proportion, at the same MACs
     macs_share: float
     searched: tuple[float, float]  # fidelity of reducer and default on the images searched on
     held_out: tuple[float, float] | None  # the same on images not searched on
@@ -101,7 +102,7 @@ class _Search:
         self.model, self.template, self.share, self.image_size = model, template, share, image_size
         self.depth = len(host_of(model).blocks)
         at = template.stages(self.depth)
-        self.start: Schedule = (at, (1.0,) * len(at))
+        self.start: Schedule = (at, _exponents(template, len(at)))
         self.dense = macs(model, image_size)
         self.use(images)
 
@@ -156,6 +157,14 @@ class _Search:
         if len(at) > 1:
             for j in range(len(at)):
                 yield (*at[:j], *at[j + 1 :]), (*weights[:j], *weights[j + 1 :])
+
+
+def _exponents(template: Staged, stages: int) -> tuple[float, ...]:
+    """In which proportion a template's own ratios share the reduction: 1 each where it has one ratio for all."""
+    if not isinstance(template.keep, tuple) or min(template.keep) == 1:
+        return (1.0,) * stages
+    logs = [math.log(ratio) for ratio in template.keep]
+    return tuple(round(log * stages / sum(logs), 3) for log in logs)
 
 
 def _features(out: Any) -> Tensor:

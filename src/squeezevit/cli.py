@@ -315,7 +315,7 @@ def plan(
     curve: Annotated[
         str | None,
         typer.Option(
-            help="How the tokens left fall: geometric, linear, cosine or lorentzian; at --at, or else in every block.",
+            help="How tokens fall: geometric, linear, cosine or lorentzian; at --at, the method's stages, or in every block.",
             show_default="the method's",
         ),
     ] = None,
@@ -358,10 +358,12 @@ def plan(
             raise ConfigError("--calibrate searches at one share of the multiply-adds: give --macs, no other budget and no --curve")
         net = _reduced_model(model, pretrained, checkpoint, "identity", "1", None, None, image_size)[0]
         template = template if stages in (None, "auto") else replace(template, at=stages)
+        if method.lower() in CURVE:
+            template = make_plan(net, template, macs=macs, image_size=image_size, curve=CURVE[method.lower()]).reducer
         _write_json(json_file, _calibrate(_to_device(net, device), template, macs, calibrate, images, image_size, batch_size))
         return
     net = _to_device(_create(model, False, None, image_size), device)
-    curve = CURVE.get(method.lower()) if curve is None and stages is None else curve
+    curve = CURVE.get(method.lower()) if curve is None and stages != "auto" else curve
     with console.status("measuring"):
         found = make_plan(
             net, template, macs=macs, latency=latency, images_per_second=images_per_second, batch_size=batch_size,

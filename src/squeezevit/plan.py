@@ -13,7 +13,7 @@ from squeezevit.attach import reduce_, restore_, retune_
 from squeezevit.errors import ConfigError
 from squeezevit.families import host_of
 from squeezevit.macs import fake_trace, macs, token_counts
-from squeezevit.reducer import Reducer, Staged, block_indices
+from squeezevit.reducer import Reducer, Staged
 from squeezevit.reducers import Identity, Random, ToMe
 from squeezevit.reducers.names import CURVE, check_method, staged
 
@@ -126,11 +126,13 @@ def _placements(template: Reducer, at: Sequence[int] | str | None, depth: int) -
 def _curved(template: Reducer, at: Sequence[int] | str | None, curve: str) -> Reducer:
     if curve not in CURVES:
         raise ConfigError(f"curve={curve!r} is not known; choose from {', '.join(CURVES)}")
-    if not isinstance(template, Staged) or at == "auto":
-        why = f"at={at!r} is given" if at is not None else f"{type(template).__name__} has no keep ratios"
-        raise ConfigError(f"curve={curve!r} gives each stage a keep ratio, but {why}; leave one of them out")
-    stages = template.at if at is None else block_indices(type(template).__name__, cast(Sequence[int], at))
-    return replace(template, keep=1.0, at="every" if stages is None else stages)
+    if not isinstance(template, Staged):
+        raise ConfigError(f"{type(template).__name__} has no keep ratios to spread (curve={curve!r}); leave the curve out")
+    if at == "auto":
+        raise ConfigError(
+            f"curve={curve!r} gives each stage a ratio of its own, but at='auto' looks for stages of one; leave one out"
+        )
+    return replace(template, keep=1.0, at=cast(Any, template.at or "every" if at is None else at))
 
 
 def on_curve(template: Staged, curve: str, strength: float, patches: int, stages: int) -> Staged:
@@ -253,8 +255,8 @@ def plan_macs(
     if check_method(method) == "identity":
         return Identity()
     template = ToMe() if method.lower() == "tome" else staged(method, 0.5, at)
-    make = _maker(restore_(model), template, image_size, CURVE.get(method.lower()))
     try:
+        make = _maker(restore_(model), template, image_size, CURVE.get(method.lower()))
         return _meet_macs(model, make, share, method, image_size)
     finally:
         restore_(model)

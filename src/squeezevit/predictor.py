@@ -50,7 +50,7 @@ class ScoreHead(nn.Module):
             shared = shared * (kept * (x.shape[1] / kept.sum(dim=1, keepdim=True)))[..., None].to(shared.dtype)
         shared = shared.mean(dim=1, keepdim=True)  # (B, 1, C/2)
         first, *rest = cast(Any, self.out_conv)
-        if x.is_meta or not is_plain(first):
+        if x.is_meta or not is_plain(first) or self.out_conv._forward_hooks or self.out_conv._forward_pre_hooks:
             return self.out_conv(torch.cat([local, shared.expand_as(local)], dim=-1))
         weight = first.weight.split(local.shape[-1], dim=1)
         y = F.linear(local, weight[0]) + F.linear(shared, weight[1], first.bias)  # (B, N, C/2)

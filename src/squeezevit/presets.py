@@ -11,7 +11,7 @@ from squeezevit.reducer import Reducer, Staged
 from squeezevit.reducers.names import CURVE, staged
 
 PRESETS: dict[str, Staged] = {
-    # what goes always has a more important twin that stays, from the first block on; docs/training-free.md
+    # what goes has a more important twin that stays, from the first block on, gently at first; docs/training-free.md
     "training-free": cast(Staged, staged("training-free", 0.7)),
 }
 _DEPTH, _TOKENS, _CHANNELS, _PATCH = 12, 196, 384, 768  # ViT-S/16 at 224 pixels

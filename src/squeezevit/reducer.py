@@ -66,7 +66,7 @@ def nothing_pruned(tokens: Tensor, n: int) -> Reduction:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a reducer sees at a stage: the tokens, how many to keep, and evidence on request (nothing is captured)."""
+    """What a reducer sees at a stage: the tokens, how many to keep, and evidence on request."""
 
     tokens: Tensor  # [B, P + N, C]
     prefix: int  # P
@@ -227,7 +227,7 @@ class Staged(Reducer):
         name = type(self).__name__
         object.__setattr__(self, "keep", _ratios(name, self.keep))
         if self.at not in (None, "quarters", "every"):
-            at = block_indices(name, cast(Sequence[int], self.at))
+            at = _blocks(name, cast(Sequence[int], self.at))
             object.__setattr__(self, "at", at)
             self._check_lengths(at)
 
@@ -320,8 +320,7 @@ def _ratio(name: str, keep: object, value: object) -> float:
     return ratio
 
 
-def block_indices(name: str, at: Sequence[int]) -> tuple[int, ...]:
-    """0-based and ascending. Raises ConfigError, in the name of a reducer, where they are not."""
+def _blocks(name: str, at: Sequence[int]) -> tuple[int, ...]:
     values = tuple(at) if isinstance(at, Sequence) and not isinstance(at, str) else (at,)
     good = bool(values) and all(is_index(i) for i in values)
     if not good or any(a >= b for a, b in pairwise(values)):

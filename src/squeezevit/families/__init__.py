@@ -196,17 +196,24 @@ def knows(block_class: type) -> bool:
 
 
 class Keep:
-    """A forward hook that keeps what a projection put out until the stage behind it has taken it, apart for each thread."""
+    """A forward hook that keeps what a module put out between the beginning of its block and the stage, apart for each thread.
+
+    Compiled code that is cut in two inside attention shares one place: run it in one thread.
+    """
 
     def __init__(self) -> None:
-        self.outputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor | None] = {}  # has a thread's entry while a block runs there
         self.compiled: Tensor | None = None  # no dictionary: some hosts' compiled code bears no change of one
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if torch.compiler.is_compiling():
             self.compiled = output
-        else:
-            self.outputs[threading.get_ident()] = output
+        elif (thread := threading.get_ident()) in self.outputs:
+            self.outputs[thread] = output
+
+    def begin(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.outputs[threading.get_ident()] = None
 
     def last(self) -> Tensor | None:
         return self.compiled if torch.compiler.is_compiling() else self.outputs.get(threading.get_ident())
@@ -235,6 +242,7 @@ def output(projection: nn.Module, x: Tensor) -> Tensor:
 def is_plain(linear: nn.Module) -> bool:
     """Whether the module is exactly x W^T + b with an ordinary weight that may be sliced."""
     hooked = linear._forward_pre_hooks or not all(isinstance(h, Keep) for h in linear._forward_hooks.values())
+    hooked = hooked or "forward" in vars(linear)  # as accelerate's hooks set one
     return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not hooked
 
 

@@ -85,8 +85,9 @@ def _(block: EvaBlockPostNorm, x: Tensor, rope: Tensor | None = None) -> Attenti
 def _(block: Any) -> tuple[nn.Module, ...]:
     names = ("q_proj", "k_proj") if getattr(block.attn, "qkv", None) is None else ("qkv",)
     found = [m for name in names if isinstance(m := getattr(block.attn, name, None), nn.Module)]
-    norm = () if isinstance(block, ResPostBlock | EvaBlockPostNorm) else (block.norm1,)
-    return (*norm, *found) if len(found) == len(names) else ()
+    norm = None if isinstance(block, ResPostBlock | EvaBlockPostNorm) else getattr(block, "norm1", None)
+    before = (norm,) if isinstance(norm, nn.Module) else ()
+    return (*before, *found) if len(found) == len(names) else ()
 
 
 @arguments.register(EvaBlock)

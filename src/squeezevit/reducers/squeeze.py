@@ -21,7 +21,7 @@ class Squeeze(Staged):
 
     score: "cls", "received", "auto" as for `ETPS`; "redundancy": a token is as important as it is unlike every token that gets
     more attention than it (1 - the highest cosine of their keys), so that what is pruned has a more important twin to go to;
-    "mrmr", relevant and not redundant (the quotient of Peng et al. 2005): that times the fifth root of the token's own attention;
+    "mrmr", relevant and not redundant (after Peng et al. 2005): that times the fifth root of the attention the token itself gets;
     "random", at the same places in every image; or a function of the `Stage` that returns scores [B, N], float32.
     match: on what a pruned token's host is most like it: its "tokens", tokens as they came into the block and "normed" for its
     attention, or attention "keys" (mean over heads).
