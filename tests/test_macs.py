@@ -56,8 +56,8 @@ def host_macs(model: torch.nn.Module, at: tuple[int, ...], counts: list[int], pl
 
 
 def score_macs(tokens: int) -> int:
-    """The product of the class token's query with every token's key, all heads in one; attention has computed both."""
-    return tokens * zoo.DIM * zoo.HEADS
+    """The product of the class token's query with every token's key; attention has computed both."""
+    return tokens * zoo.DIM
 
 
 def received_macs(tokens: int) -> int:
