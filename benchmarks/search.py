@@ -91,7 +91,8 @@ def main() -> None:
              (("emoji", 112, emoji), ("cells", 168, cells), ("photographs", 224, photographs))]  # fmt: skip
     unreduced = {name: features(model, batches) for name, model, _, batches in tasks}
     chosen = args.candidates or list(candidates())
-    rows = [r for r in json.loads(OUT.read_text())["rows"] if r["candidate"] not in chosen] if args.candidates else []
+    old = json.loads(OUT.read_text()) if args.candidates else {"rows": []}
+    rows = [r for r in old["rows"] if r["candidate"] not in chosen]
     for candidate in chosen:
         template, how = candidates()[candidate]
         cosines = {}
@@ -113,6 +114,8 @@ def main() -> None:
         )  # fmt: skip
         sys.stdout.flush()
     setting = {"created": now(), "command": command(), "machine": machine(), "versions": versions()}
+    if args.candidates:
+        setting = {**old, "also": [*old.get("also", []), setting]}
     OUT.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
 
 
