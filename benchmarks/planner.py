@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shares", nargs="*", type=float, default=(0.65, 0.5, 0.4))
-    parser.add_argument("--latencies", nargs="*", type=float, default=(0.7, 0.5))
+    parser.add_argument("--latencies", nargs="*", type=float, default=(0.8, 0.65))
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=(1, 8))
     args = parser.parse_args()
     model = timm.create_model("deit_small_patch16_224").to(args.device).eval()

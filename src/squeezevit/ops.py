@@ -84,15 +84,27 @@ def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def uniqueness(x: Tensor, importance: Tensor) -> Tensor:
     """How unlike every more important token each token is: 1 - its highest cosine with one of them, 2 for the most important.
 
-    Shapes: [B, N, C], [B, N] -> [B, N], float32. Of two that are equally important the first one counts as more.
+    Shapes: [B, N, C], [B, N] -> [B, N], float32. Of two that are equally important the first one counts as more (in ONNX one does).
     """
+    if torch.onnx.is_in_onnx_export():
+        order = importance.topk(importance.shape[1], dim=1).indices  # it has no stable sort
+    else:
+        order = importance.sort(dim=1, descending=True, stable=True).indices
     with no_autocast(x):
-        a = F.normalize(wide(x), dim=-1)
-        cosine = a @ a.transpose(1, 2)  # (B, N, N)
-    own, other = importance[:, :, None], importance[:, None]
-    earlier = torch.ones(cosine.shape[1:], dtype=torch.bool, device=x.device).tril(-1)
-    more = (other > own) | ((other == own) & earlier)
-    return 1 - cosine.masked_fill(~more, -1.0).amax(dim=-1)
+        a = take(F.normalize(wide(x), dim=-1), order)  # so that those that count are those in front
+        highest = torch.cat([_highest_before(a, first) for first in range(0, a.shape[1], _ROWS)], dim=1)
+    return 1 - torch.zeros_like(highest).scatter(1, order, highest)
+
+
+_ROWS = 256  # of a cosine matrix at once: with more, what is behind the diagonal is not worth computing
+
+
+def _highest_before(a: Tensor, first: int) -> Tensor:
+    """Highest product of some rows, from `first` on, with a row in front of them: [B, N, C] -> [B, up to _ROWS]."""
+    rows = a[:, first : first + _ROWS]
+    cosine = rows @ a[:, : first + _ROWS].transpose(1, 2)
+    behind = torch.ones(cosine.shape[1:], dtype=torch.bool, device=a.device).triu(first)
+    return cosine.masked_fill_(behind, -1.0).amax(dim=-1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

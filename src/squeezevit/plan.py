@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -192,17 +193,18 @@ def _for_time(
     dense = profile.seconds(Identity(), (), (profile.tokens[-1] - profile.prefix,))
     wanted = latency * dense if latency is not None else batch_size / float(images_per_second or 1)
 
-    def predicted(reducer: Reducer) -> float:
+    def predicted(reducer: Reducer, correction: float = 1.0) -> float:
         stages = fake_trace(_tuned(model, reducer), image_size).stages
         counts = (stages[0].n, *(s.n_out for s in stages)) if stages else (profile.tokens[-1] - profile.prefix,)
-        return profile.seconds(reducer, tuple(s.block for s in stages), counts)
+        return correction * profile.seconds(reducer, tuple(s.block for s in stages), counts)
 
     found: list[tuple[float, Plan]] = []
     correction = 1.0  # of the prediction, by what was measured
     while len(found) < 3 and not (found and (found[-1][0] <= WITHIN or found[-1][1].reducer == make(0.0))):
-        reducer = _most_tokens(make, predicted, wanted / correction, dense, type(template).__name__)
+        cost = partial(predicted, correction=correction)
+        reducer = _most_tokens(make, cost, wanted, dense, type(template).__name__)
         seconds, measured = ratio(model, reducer, batch_size, image_size, precision)
-        share = correction * predicted(reducer) / dense
+        share = cost(reducer) / dense
         off = measured / latency if latency is not None else seconds / wanted
         own = macs(reduce_(model, reducer), image_size) / macs(restore_(model), image_size)
         found.append((abs(off - 1), Plan(reducer, own, share, measured, seconds)))
