@@ -123,7 +123,8 @@ def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
         y = output(attn.qkv, x).chunk(3, dim=-1)[which]
         own = _own_bias(attn, which)
         y = y if own is None else y + own
-    y = y.reshape(y.shape[0], y.shape[1], -1, _head_dim(attn)).transpose(1, 2)  # unflatten fixes the batch size in ONNX
+    d = _head_dim(attn)
+    y = y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2)  # unflatten fixes the batch size in ONNX
     y = (attn.q_norm, attn.k_norm)[which](y)
     prefix = 0 if rope is None else attn.num_prefix_tokens
     if rope is not None and y.shape[2] > prefix:

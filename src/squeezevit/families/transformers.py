@@ -113,7 +113,8 @@ def _through(block: Any, names: tuple[str, ...], y: Tensor) -> Tensor:
 def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Attention:
     def project(linear: nn.Module, x: Tensor) -> Tensor:
         y = output(linear, x)
-        y = y.reshape(y.shape[0], y.shape[1], -1, attn.head_dim).transpose(1, 2)
+        d = attn.head_dim
+        y = y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2)
         if position_embeddings is None or y.shape[2] == 1:  # a class token alone, which has no place
             return y
         return sys.modules[host_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
