@@ -35,8 +35,8 @@ def preset(
     if model is not None:
         return plan(model, template, macs=macs, image_size=image_size, curve=CURVE[name])
     low, high = 0.0, 1.0  # strengths: what costs more than the share, what costs less
-    if not _share(_typical(name, high)) <= macs <= 1:
-        least = _share(_typical(name, high))
+    least = _share(_typical(name, high))
+    if not least <= macs <= 1:
         raise ConfigError(f"macs={macs!r} is out of reach of {name!r}: give a share from {least:.2f} to 1")
     while high - low > 1e-4:
         middle = (low + high) / 2
