@@ -1,14 +1,16 @@
 """SqueezeViT: token reduction for vision transformers that somebody else wrote. See `reduce_` and `restore_`."""
 
-from squeezevit import errors, families, losses, ops
-from squeezevit.attach import reduce_, restore_
-from squeezevit.checkpoint import load_checkpoint_
-from squeezevit.macs import macs
-from squeezevit.plan import plan
-from squeezevit.presets import preset
-from squeezevit.pretrained import from_pretrained
+from squeezevit import errors
+from squeezevit import families as _package  # noqa: F401  # loaded first, so that the name is the listing's hereafter
+from squeezevit.budget.plan import plan, preset
+from squeezevit.checkpoint import from_pretrained, load_checkpoint_
+from squeezevit.core import ops
+from squeezevit.core.attach import reduce_, restore_
+from squeezevit.core.macs import macs
+from squeezevit.core.supported import listing as families
+from squeezevit.core.trace import pool, trace
 from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, Squeeze, ToMe, TopK
-from squeezevit.trace import trace
+from squeezevit.train import losses
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "macs",
     "ops",
     "plan",
+    "pool",
     "preset",
     "reduce_",
     "restore_",

@@ -1,7 +1,9 @@
-"""Reading and writing weights: timm's files, our own, and the authors' TPS and DynamicViT key names."""
+"""Reading and writing weights: timm's files, our own, the authors' TPS and DynamicViT key names, and Hugging Face folders."""
 
+import json
 import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from squeezevit.attach import reduce_
-from squeezevit.errors import CheckpointError, MissingExtraError
-from squeezevit.families import convert, load_families
-from squeezevit.reducer import Reducer
+from squeezevit.core.attach import reduce_
+from squeezevit.core.cut import convert, load_families
+from squeezevit.core.reducer import Reducer
+from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError
+from squeezevit.reducers import from_dict
 
 Model = TypeVar("Model", bound=nn.Module)
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # where training scripts put the weights
@@ -22,7 +25,11 @@ _RENAMED = (
     (re.compile(r"^score_predictor\.(\d+)\."), r"token_reducer.\1."),  # TPS, DynamicViT
     (re.compile(r"^(blocks\.\d+)\.gamma_([12])$"), r"\1.ls\2.gamma"),  # their layer-scale blocks
 )
+_KIND = "of another kind of number"
 _SHOWN = 8  # keys of each kind an error lists
+_HEADS = "token_reducer."  # where a reduced model has its learned heads
+_INDEX = "model.safetensors.index.json"  # of a Hugging Face model in several files
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # a Hugging Face file is to be found
 
 
 def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, Any], name: str = "the given state dict") -> Model:
@@ -30,8 +37,9 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
 
     Takes timm's files, files of `save_checkpoint` (safetensors), training checkpoints that nest their weights (EMA weights are
     preferred), and the authors' key names `score_predictor.{j}.*` for the learned heads; a position embedding for another grid
-    is resampled by the host library. Pickled code is never run (`weights_only=True`). Raises CheckpointError where the file
-    cannot be read, or, listing them, where keys are missing, unexpected or mis-shaped; the model is then as before.
+    is resampled by the model's library. Pickled code is never run (`weights_only=True`). Raises CheckpointError where the file
+    cannot be read, or, listing them, where entries are missing, unexpected, mis-shaped, or numbers of another kind than the model's
+    (floats of another precision are taken). After an error the model is as before.
     name: what errors call a state dict; a file they call by its path.
 
     >>> m = torch.nn.Linear(2, 1); load_checkpoint_(m, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}).weight.tolist()
@@ -42,12 +50,25 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
     load_families()
     try:
         entries = convert(model, entries)
-    except CheckpointError as error:
+    except Exception as error:
         _require_fit(model, entries, name)  # says which keys do not fit, where that is why
         raise CheckpointError(f"{name}: {error}") from error
     _require_fit(model, entries, name)
-    model.load_state_dict(entries)
+    _load_whole(model, entries, name)
     return model
+
+
+def _load_whole(model: nn.Module, entries: Mapping[str, Tensor], name: str) -> None:
+    """Load all entries or none: some fail only when they are copied, as those of a dtype that torch cannot convert."""
+    before = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    try:
+        model.load_state_dict(entries)
+    except Exception as error:
+        model.load_state_dict(before)
+        raise CheckpointError(
+            f"{name} cannot be loaded into this {type(model).__name__}, which is as before: {_clip(str(error), 1000)}; save its "
+            "weights as plain tensors of the model's dtypes"
+        ) from error
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -57,11 +78,11 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
 
 def has_heads(weights: Mapping[str, Tensor]) -> bool:
     """Whether weights of `read_checkpoint` bring learned score heads."""
-    return any(key.startswith("token_reducer.") for key in weights)
+    return any(key.startswith(_HEADS) for key in weights)
 
 
 def reduce_with_weights_(model: Model, reducer: Reducer, weights: Mapping[str, Tensor] | None, name: str) -> Model:
-    """`reduce_`, and `load_checkpoint_` on the side of it on which the keys fit: behind it where the weights bring heads."""
+    """`reduce_`, and `load_checkpoint_` on the side of it on which the keys fit: after it where the weights bring heads."""
     with_heads = weights is not None and has_heads(weights)
     if weights is not None and not with_heads:
         load_checkpoint_(model, weights, name)
@@ -107,13 +128,12 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise _no_safetensors(str(path)) from error
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except Exception as error:  # SafetensorError, and others for dtypes that torch has not
         raise CheckpointError(f"{path} cannot be read as safetensors ({_first_line(error)}); it may be cut short") from error
 
 
@@ -122,7 +142,13 @@ def _no_safetensors(path: str) -> MissingExtraError:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _clip((str(error).splitlines() or [type(error).__name__])[0], 500)
+
+
+def _clip(text: str, most: int = 120) -> str:
+    """Text from a file as an error may quote it: printable, and not longer than a screen has room for."""
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _weights(content: Mapping[str, Any], name: str) -> dict[str, Tensor]:
@@ -132,13 +158,30 @@ def _weights(content: Mapping[str, Any], name: str) -> dict[str, Tensor]:
             break
     weights = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not weights:
-        found = ", ".join(map(repr, list(content)[:_SHOWN])) or "nothing"
+        found = ", ".join(_clip(repr(key)) for key in list(content)[:_SHOWN]) or "nothing"
         raise CheckpointError(f"{name} holds no weights (found {found}); expected tensors by name, or under one of {_NESTED}")
     return weights
 
 
 def _named(content: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    return {_rename(key): value for key, value in _weights(content, name).items()}
+    weights = _weights(content, name)
+    named = {_rename(key): value for key, value in weights.items()}
+    if len(named) < len(weights):
+        twice = [key for key, times in Counter(map(_rename, weights)).items() if times > 1]
+        raise CheckpointError(f"{name} has more than one entry for {_shorten(twice)}; leave one for each")
+    odd = [f"{key} ({_oddity(value)})" for key, value in named.items() if _oddity(value)]
+    if odd:
+        raise CheckpointError(f"{name} has entries that are no plain numbers: {_shorten(odd)}; save dense tensors with values")
+    return named
+
+
+def _oddity(value: Tensor) -> str:
+    """What keeps a tensor from being copied number by number; nothing for a plain one."""
+    if nn.parameter.is_lazy(value) or value.is_meta:
+        return "without values"
+    if value.is_nested or value.is_quantized:
+        return "nested" if value.is_nested else "quantised"
+    return "" if value.layout is torch.strided else "sparse" if "sparse" in str(value.layout) else str(value.layout)
 
 
 def _rename(key: str) -> str:
@@ -148,30 +191,156 @@ def _rename(key: str) -> str:
 
 
 def _require_fit(model: nn.Module, entries: Mapping[str, Tensor], name: str) -> None:
+    if problems := _misfits(model, entries):
+        raise CheckpointError(f"{name} does not fit this {type(model).__name__}: {_listed(problems)}. {_remedy(problems)}")
+
+
+def _misfits(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps entries from being a model's, by kind; nothing where they are."""
     own = model.state_dict()
     shapes = [
         f"{k} {list(v.shape)} here, {list(own[k].shape)} in the model"
         for k, v in entries.items()
         if k in own and v.shape != own[k].shape
     ]
+    kinds = [
+        f"{k} {_dtype(v)} here, {_dtype(own[k])} in the model"
+        for k, v in entries.items()
+        if k in own and _numbers(v.dtype) != _numbers(own[k].dtype)
+    ]
     problems = {
         "missing": [k for k in own if k not in entries],
         "unexpected": [k for k in entries if k not in own],
         "mis-shaped": shapes,
+        _KIND: kinds,
     }
-    if not any(problems.values()):
-        return
-    listed = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in problems.items() if keys)
-    raise CheckpointError(f"{name} does not fit this {type(model).__name__}: {listed}. {_remedy(problems)}")
+    return {kind: keys for kind, keys in problems.items() if keys}
+
+
+def _listed(problems: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in problems.items())
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _numbers(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    """Kinds of numbers that become one another only by losing something: floating, complex, boolean, and none of them."""
+    return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool
 
 
 def _shorten(keys: list[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
+    return ", ".join(map(_clip, keys[:_SHOWN])) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
 
 
 def _remedy(problems: Mapping[str, list[str]]) -> str:
-    if any(k.startswith("token_reducer.") for k in problems["unexpected"]):
+    missing, unexpected = problems.get("missing", []), problems.get("unexpected", [])
+    if any(k.startswith(_HEADS) for k in unexpected):
         return "It has learned heads: call sv.reduce_ with DTPS or DynamicViT and as many stages before loading"
-    if problems["missing"] and all(k.startswith("token_reducer.") for k in problems["missing"]):
+    if missing and all(k.startswith(_HEADS) for k in missing):
         return "It has no learned heads: load it first, then call sv.reduce_"
+    if set(problems) == {_KIND}:
+        return "Save its weights as floating-point numbers; integers of a quantised file need their scales"
     return "Build the model that the checkpoint was saved from (same name, number of classes and image size)"
+
+
+def from_pretrained(model_class: Any, name: str | Path, **kwargs: Any) -> Any:
+    """What `model_class.from_pretrained(name, **kwargs)` gives, reduced as the model was that `save_pretrained` wrote.
+
+    model_class: a model class of transformers, or one of its Auto classes; name: a folder or a hub's name; kwargs: the class's, so
+    that `output_loading_info=True` gives the model and a dictionary. The reducer stands in config.json, learned score heads among
+    the weights. Raises ConfigError where no reducer is stored or it is none of this version, and CheckpointError where the folder
+    is malformed or the score heads are missing or of another shape.
+
+    >>> model = from_pretrained(AutoModelForImageClassification, "my-reduced-vit")  # doctest: +SKIP
+    """
+    loaded = _load_unreduced(model_class, name, kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    values = getattr(model.config, "squeezevit", None)
+    if values is None:
+        raise ConfigError(
+            f"config.json of {name} holds no reducer; load the model by {model_class.__name__}.from_pretrained and give it one by "
+            "sv.reduce_"
+        )
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"config.json of {name} says squeezevit = {_clip(repr(values))}, which is no reducer; save the reduced model again"
+        )
+    del model.config.squeezevit
+    reducer = from_dict(values)
+    reduce_(model, reducer)
+    if reducer.learned:
+        _load_heads(model.token_reducer, name, {k: v for k, v in kwargs.items() if k in _WHERE})
+    if isinstance(loaded, tuple):
+        _without_heads_(loaded[1])
+    return loaded
+
+
+def _load_unreduced(model_class: Any, name: str | Path, kwargs: dict[str, Any]) -> Any:
+    index = Path(name, kwargs.get("subfolder") or "", _INDEX)
+    if index.is_file():
+        _named_by_index(index, name)  # before transformers reads what it names
+    try:
+        return model_class.from_pretrained(name, **kwargs)
+    except Exception as error:
+        if isinstance(error, json.JSONDecodeError | KeyError) or type(error).__name__ == "SafetensorError":
+            raise CheckpointError(f"{name} is malformed ({_first_line(error)}); save the reduced model again") from error
+        raise
+
+
+def _without_heads_(info: dict[str, Any]) -> None:
+    """Take learned heads, which were loaded after the class was done, from what it calls unexpected."""
+    unexpected = info.get("unexpected_keys")
+    if unexpected:
+        info["unexpected_keys"] = type(unexpected)(key for key in unexpected if not key.startswith(_HEADS))
+
+
+def _load_heads(heads: nn.Module, name: str | Path, where: dict[str, Any]) -> None:
+    found = {}
+    for path in _files_of_heads(name, where):
+        weights = _read_safetensors(Path(path))
+        found.update({k.removeprefix(_HEADS): v for k, v in weights.items() if k.startswith(_HEADS)})
+    if problems := _misfits(heads, found):
+        raise CheckpointError(
+            f"{name} lacks the score heads that its reducer needs: {_listed(problems)}; save the reduced model again"
+        )
+    _load_whole(heads, found, str(name))
+
+
+def _files_of_heads(name: str | Path, where: dict[str, Any]) -> list[str]:
+    """Paths of the files that may hold learned heads: the one file there is, else those that the index names."""
+    try:
+        from transformers.utils import cached_file
+    except ImportError as error:
+        raise MissingExtraError(f"{name} needs {error.name}: pip install transformers safetensors") from error
+    index = cached_file(name, _INDEX, _raise_exceptions_for_missing_entries=False, **where)
+    named = [] if index is None else _named_by_index(Path(index), name)
+    whole = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False, **where)
+    if whole is not None:  # transformers, too, then passes over the index
+        return [whole]
+    found = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False, **where) for file in named}
+    absent = [file for file, path in found.items() if path is None]
+    if absent or not found:
+        raise CheckpointError(
+            f"{name} lacks the score heads that its reducer needs: there is no {_shorten(absent) or 'model.safetensors'}; save the "
+            "reduced model again"
+        )
+    return [path for path in found.values() if path is not None]
+
+
+def _named_by_index(path: Path, name: str | Path) -> list[str]:
+    """File names that an index gives for learned heads. Raises CheckpointError where it is none, or leaves its folder."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        outside = [file for file in files.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", file)]
+    except Exception as error:  # not UTF-8, no JSON, nested too deep, or of another form
+        raise CheckpointError(
+            f"{path.name} of {name} cannot be read as an index of weights ({type(error).__name__}: {_first_line(error)}); save the "
+            "reduced model again"
+        ) from error
+    if outside:
+        raise CheckpointError(
+            f"{path.name} of {name} names files that are none of its own folder: {_shorten(outside)}; save the reduced model again"
+        )
+    return sorted({file for key, file in files.items() if key.startswith(_HEADS)})

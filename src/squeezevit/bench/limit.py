@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from squeezevit.reducer import Reducer, Reduction, Stage
+from squeezevit.core.reducer import Reducer, Reduction, Stage
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,27 @@
-"""What a measurement was made on."""
+"""What a measurement was made on, and the file it is written to."""
 
+import json
 import os
 import platform
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _PACKAGES = ("squeezevit", "torch", "timm", "numpy", "scikit-learn")
+
+
+def header(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """How every results file begins: {"created", "command", "machine", "versions"}."""
+    return {"created": now(), "command": command(), "machine": machine(device), "versions": versions()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a results file. NumPy's numbers are written as numbers, what JSON has no word for as text."""
+    path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
@@ -37,6 +49,10 @@ def now() -> str:
 def command() -> str:
     """The command line this runs under, without the folder the program lies in."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _cpu() -> str:

@@ -1,22 +1,19 @@
 """Speed of reducers on one model: against the unreduced model, and against the limit."""
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from squeezevit.attach import reduce_, restore_
 from squeezevit.bench.limit import Slice, limit_of
 from squeezevit.bench.timing import alternate
+from squeezevit.core.attach import reduce_, restore_
+from squeezevit.core.macs import fake_trace, macs, token_counts
+from squeezevit.core.reducer import Reducer
+from squeezevit.core.running import forward, images, share_weights
 from squeezevit.errors import ConfigError
-from squeezevit.families import host_of
-from squeezevit.macs import fake_trace, macs, token_counts
-from squeezevit.modes import autocast
-from squeezevit.reducer import Reducer
 from squeezevit.reducers import Identity
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
@@ -36,12 +33,6 @@ class Speed:
     speedup_best: float  # fastest round against fastest round
     overhead: float | None  # time / time of the limit, median of the ratios in each round; None where nothing is reduced
     overhead_best: float | None
-
-
-def share_weights(model: nn.Module) -> nn.Module:
-    """A copy of the modules around the same parameters and buffers, so that many variants fit in memory."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
 def measure(
@@ -118,28 +109,3 @@ def _neighbours(variants: dict[Reducer, nn.Module], bounds: dict[Reducer, Slice 
             if one is not None:
                 order.setdefault(one, variants[one])
     return order
-
-
-def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None = None) -> torch.Tensor:
-    """Noise of the size and kind a model takes: [B, channels, height, width]."""
-    host, like = host_of(model), next(model.parameters())
-    size = host.image_size if image_size is None else image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(batch_size, host.channels, height, width, generator=generator)
-    return noise.to(like.device, like.dtype)
-
-
-def forward(model: nn.Module, x: torch.Tensor, precision: str, compiled: str | None = None) -> Callable[[], Any]:
-    """A forward of the part that takes images, in inference mode; compiled in a mode of torch.compile where one is given."""
-    host = host_of(model)
-    inputs = host.given(x)
-    runs: Any = host.tower or model
-    if compiled is not None:
-        runs = torch.compile(runs, fullgraph=True, mode=compiled)
-
-    def run() -> Any:
-        with torch.inference_mode(), autocast(x.device, precision):
-            return runs(*inputs)
-
-    return run

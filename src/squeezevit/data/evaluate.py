@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from squeezevit.data.folder import Batches, UnreadableImage
+from squeezevit.core.running import autocast, evaluation_mode
+from squeezevit.data.folder import WORKERS_REMEDY, Batches, UnreadableImage, reading
 from squeezevit.errors import ConfigError, DataError
-from squeezevit.modes import autocast, evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class EvalResult:
     `top1` and `top5` are fractions of the readable images, the `_error`s their standard errors sqrt(p (1 - p) / n).
     With fewer than 5 classes `top5` counts the best `k`. `nonfinite` images had a NaN or infinite logit and count as
     wrong. `images_per_second` is end to end, reading included. `compute_images_per_second` is the model alone, images
-    already on the device; where there are several batches the first is left out of it, being the warm-up.
+    already on the device; where there are several batches the first is left out of it, being the warm-up. `unread`
+    counts by suffix the files that were not even tried, as .heic without pillow-heif.
     """
 
     images: int
@@ -37,6 +38,7 @@ class EvalResult:
     compute_images_per_second: float
     device: str
     precision: str
+    unread: dict[str, int]
 
 
 @dataclass
@@ -79,7 +81,8 @@ def evaluate(
     total, done, tally, timings = len(batches.dataset), 0, _Tally(), []
     k = min(5, len(batches.dataset.classes))
     start = time.perf_counter()
-    with torch.inference_mode(), evaluation_mode(model):
+    died = reading(batches.dataset.folder, WORKERS_REMEDY)  # may be told while the model computes
+    with died, torch.inference_mode(), evaluation_mode(model):
         for batch in batches:
             logits, seconds = _timed_forward(model, batch.images.to(device), precision)
             batches.dataset.check_outputs(_outputs(logits))
@@ -110,6 +113,7 @@ def evaluate(
         compute_images_per_second=sum(n for n, _ in warm) / sum(seconds for _, seconds in warm),
         device=str(device),
         precision=precision,
+        unread=dict(batches.dataset.unread),
     )
 
 

@@ -1,18 +1,23 @@
 """Photographs in class folders, read so that no bad file ends a run.
 
 Layout, as ImageNet's: `root/val/<class>/*` (or `validation`, `valid`, `test`), or `root/<class>/*`. Classes are
-numbered in the order of their sorted folder names, images follow sorted by name, those in deeper folders last.
+numbered in the natural order of their folder names (2 before 10), images follow sorted by name, those in deeper folders last.
 """
 
+import importlib.util
 import logging
 import os
+import re
 import stat
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +25,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from squeezevit.errors import ConfigError, DataError, MissingExtraError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 MAX_ASPECT = 100
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_MODERN = {"AVIF": (".avif",), "HEIF": (".heic", ".heif", ".hif")}  # read where Pillow can
+_UNREAD = {  # left out, but counted: what cameras and other programs write
+    ".avif", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".jxr", ".psd", ".psb", ".xcf", ".tga", ".ico",
+    ".exr", ".hdr", ".dds", ".svg", ".eps", ".qoi", ".pcx", ".pnm", ".dcm", ".dng", ".raw", ".cr2", ".cr3", ".crw", ".nef", ".nrw",
+    ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw", ".x3f", ".3fr", ".iiq", ".rwl",
+}  # fmt: skip
+_TURNS = {  # EXIF orientations to the names of Pillow's transpositions that undo them
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"
+}  # fmt: skip
 _SPLITS = {"val": ("val", "validation", "valid", "test")}
 _EXTRA = 'run `pip install "squeezevit[timm]"`'
+WORKERS_REMEDY = "pass num_workers=0 (--workers 0)"
+Read = TypeVar("Read")
 logger = logging.getLogger(__name__)
 
 
@@ -63,22 +79,42 @@ class ImageFolder(Dataset[Sample]):
 
     `transform` turns an RGB PIL image into a tensor, see `eval_transform`. A folder `val`, `validation`, `valid` or
     `test` in `root` is taken for the split "val", never for a class. Hidden files and folders and unknown suffixes are
-    passed over; a class without images keeps its number.
+    passed over; a class without images keeps its number. `unread` counts by suffix the files that look like images but cannot be
+    read here, as .heic without pillow-heif.
 
-    Raises DataError for a root that is missing, empty or without class folders, or whose classes hold no image.
+    classes: the names in the order of the model's outputs, or a file with one name a line; None: the folders in natural order.
+    upright: turn photographs as their EXIF data say; see `read_image`.
+
+    Raises DataError for a root that is missing, empty or without class folders, whose classes hold no image, or that has a folder
+    which is not among the given classes.
 
     >>> photographs = ImageFolder("imagenet", eval_transform(model))  # doctest: +SKIP
     >>> len(photographs), len(photographs.classes)  # doctest: +SKIP
     (50000, 1000)
     """
 
-    def __init__(self, root: str | Path, transform: Callable[[Any], Tensor], split: str = "val") -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Callable[[Any], Tensor],
+        split: str = "val",
+        classes: str | Path | Sequence[str] | None = None,
+        upright: bool = True,
+    ) -> None:
         _pillow()
-        self.transform = transform
+        self.transform, self.upright, self.numbered = transform, upright, classes is not None
+        self.unread: Counter[str] = Counter()
         try:
             self.folder = _split_folder(Path(root), split)
-            self.classes = _subfolders(self.folder)
-            self.samples = [(path, label) for label, name in enumerate(self.classes) for path in _images(self.folder / name)]
+            folders = _by_text(self.folder, _subfolders(self.folder))
+            self.classes = natural_order(folders) if classes is None else given_classes(classes)
+            _require_known(self.folder, folders, self.classes)
+            self.samples = [
+                (path, label)
+                for label, name in enumerate(self.classes)
+                if name in folders
+                for path in _images(self.folder / folders[name], self.unread)
+            ]
         except OSError as error:
             raise DataError(f"{root} cannot be listed ({error}): make it readable, or point to another folder") from error
         if not self.samples:
@@ -90,13 +126,13 @@ class ImageFolder(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         path, label = self.samples[index]
         try:
-            image = _decode(path)
+            image = _decode(path, self.upright)
         except Exception as error:
-            return Sample(index, None, label, _reason(error))
+            return Sample(index, None, label, _reason(error, path))
         try:
             return Sample(index, self.transform(image), label, None)
         except Exception as error:
-            return Sample(index, None, label, f"the transform failed: {_printable(repr(error))}")
+            return Sample(index, None, label, f"the transform failed: {printable(repr(error))}")
 
     def check_classes(self, model: nn.Module) -> None:
         """Raises DataError where the model's `num_classes` is not the number of class folders."""
@@ -120,6 +156,12 @@ class ImageFolder(Dataset[Sample]):
                 "a checkpoint trained on them"
             )
 
+    def warn(self) -> None:
+        """Log what may surprise: classes that others would number otherwise, and images that are left out unread."""
+        order = None if self.numbered else _order_warning(self.folder, self.classes)
+        for text in filter(None, (order, _unread_warning(self.folder, self.unread))):
+            logger.warning("%s", text)
+
     def _refuse_no_images(self) -> None:
         if not self.classes and any(_images(self.folder)):
             raise DataError(
@@ -128,8 +170,10 @@ class ImageFolder(Dataset[Sample]):
             )
         if not self.classes:
             raise DataError(f"{self.folder} has no class folders in it: expected {self.folder.name}/<class>/<image>")
+        unread = _unread_warning(self.folder, self.unread)
         raise DataError(
-            f"the {len(self.classes)} class folders of {self.folder} hold no image: expected files ending in {' '.join(SUFFIXES)}"
+            f"the {len(self.classes)} class folders of {self.folder} hold no image: expected files ending in "
+            f"{' '.join(_suffixes())}{f'. {unread}' if unread else ''}"
         )
 
 
@@ -149,7 +193,7 @@ class Batches:
             raise ConfigError(f"num_workers={num_workers}: it must be 0 (read in this process) or more")
         self.dataset = dataset
         self.unreadable: list[UnreadableImage] = []
-        self._loader = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=batch_size,
             num_workers=half_the_cores() if num_workers is None else num_workers,
@@ -160,22 +204,12 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         self.unreadable = []
         for batch, failed in self._collated():
-            self.unreadable += [UnreadableImage(_printable(self.dataset.samples[index][0]), reason) for index, reason in failed]
+            self.unreadable += [UnreadableImage(printable(self.dataset.samples[index][0]), reason) for index, reason in failed]
             if batch is not None:
                 yield batch
 
     def _collated(self) -> Iterator[_Collated]:
-        loading = iter(self._loader)
-        while True:
-            try:
-                collated = next(loading, None)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                raise DataError(f"a process reading {self.dataset.folder} died ({error}): pass num_workers=0") from error
-            if collated is None:
-                return
-            yield collated
+        yield from read(self._loader, self.dataset.folder, WORKERS_REMEDY)
 
 
 def load(
@@ -186,16 +220,23 @@ def load(
     split: str = "val",
     batch_size: int = 32,
     num_workers: int | None = None,
+    classes: str | Path | Sequence[str] | None = None,
+    upright: bool = True,
 ) -> Batches:
     """The batches of a folder as `model` wants them; what can be refused is refused here, before the first batch.
+
+    classes: names in the order of the model's outputs, or a file with one name a line, as `squeezevit train` leaves in
+    `classes.txt`. None: the folders in natural order, as timm numbers them; a warning says where sorting as text, as
+    torchvision does, would number them otherwise. upright: as `read_image`. Images of unread formats are counted in a warning.
 
     Raises what `ImageFolder`, `ImageFolder.check_classes`, `eval_transform` and `Batches` raise.
 
     >>> batches = load("imagenet", model, batch_size=64)  # doctest: +SKIP
     >>> images, labels, indices = next(iter(batches))  # doctest: +SKIP
     """
-    dataset = ImageFolder(root, eval_transform(model, image_size), split)
+    dataset = ImageFolder(root, eval_transform(model, image_size), split, classes, upright)
     dataset.check_classes(model)
+    dataset.warn()
     return Batches(dataset, batch_size, num_workers)
 
 
@@ -223,21 +264,84 @@ def data_config(model: nn.Module, image_size: int | tuple[int, int] | None = Non
     return cast(dict[str, Any], config)
 
 
-def read_image(path: str | Path) -> Any:
-    """A file as an 8-bit RGB PIL image, as timm and torchvision read it: no EXIF rotation, no alpha, first frame only.
+def read_image(path: str | Path, upright: bool = True) -> Any:
+    """A file as an 8-bit RGB PIL image, upright: no alpha, first frame only.
+
+    With `upright` a photograph is turned as its EXIF data say, as every viewer shows it. timm and torchvision do not, so that a
+    camera's portraits lie on their side there; upright=False does as they do. Decoders of TIFF and HEIF turn it either way.
 
     Departures: 16-bit grey is scaled to 8 bits, where `convert("RGB")` would clip nearly every pixel to white. Refused
     are images beyond Pillow's bomb limit (89 million pixels), sides more than 100 times each other's length (resizing
     would blow them up), 32-bit pixels, which have no fixed range, and rare formats, some of which Pillow opens with
-    other programs.
+    other programs. HEIF needs pillow-heif, AVIF a Pillow built with it.
 
     Raises DataError quoting the path and the reason, MissingExtraError without Pillow.
     """
     _pillow()
     try:
-        return _decode(str(path))
+        return _decode(str(path), upright)
     except Exception as error:
-        raise DataError(f"{_printable(str(path))} cannot be read ({_reason(error)}): replace or remove it") from error
+        raise DataError(f"{printable(str(path))} cannot be read ({_reason(error, path)}): replace or remove it") from error
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Names in the order of timm's class folders: numbers in them by value, letters without regard to case.
+
+    >>> natural_order(["class10", "Class2", "class1"])
+    ['class1', 'Class2', 'class10']
+    """
+    return sorted(names, key=lambda name: (_natural(name), name))
+
+
+def given_classes(classes: str | Path | Sequence[str]) -> list[str]:
+    """Class names from a list, or from a file with one a line. Raises DataError where they cannot be used."""
+    names = _lines(Path(classes)) if isinstance(classes, str | Path) else [printable(str(name)) for name in classes]
+    where = str(classes) if isinstance(classes, str | Path) else "classes"
+    if not names:
+        raise DataError(f"{where} names no class; give one name a line, in the order of the model's outputs")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{where} names {_shorten(twice)} twice; give each class once, in the order of the model's outputs")
+    return names
+
+
+def printable(text: str) -> str:
+    """File names may hold bytes that are not UTF-8, line breaks and codes that move a terminal's cursor: they are spelt out."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in text)
+
+
+def read(loader: DataLoader[Read], folder: str | Path, remedy: str) -> Iterator[Read]:
+    """What a loader's processes read. Raises DataError where one of them dies, and leaves none behind to be told of later."""
+    iterator = iter(loader)
+    try:
+        with reading(folder, remedy):
+            yield from iterator
+    except (OSError, EOFError) as error:  # the connection to it broke before torch noticed
+        raise _died(folder, error, remedy) from error
+    finally:
+        with suppress(RuntimeError):
+            getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+@contextmanager
+def reading(folder: str | Path, remedy: str) -> Iterator[None]:
+    """Turn the death of a reading process, which torch may report at any line, into a DataError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not reader_died(error):
+            raise
+        raise _died(folder, error, remedy) from error
+
+
+def _died(folder: str | Path, error: Exception, remedy: str) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"a process reading {folder} died ({reason}): somebody ended it, or memory ran out; {remedy}")
+
+
+def reader_died(error: BaseException) -> bool:
+    """Whether torch says that a process of a DataLoader is gone."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 def _collate(samples: list[Sample]) -> _Collated:
@@ -258,7 +362,7 @@ def _pillow() -> Any:
     return Image
 
 
-def _decode(path: str) -> Any:
+def _decode(path: str, upright: bool) -> Any:
     """Raises whatever Pillow's decoders stumble over, from OSError and SyntaxError to struct.error and MemoryError."""
     pillow = _pillow()
     status = Path(path).stat()
@@ -272,7 +376,16 @@ def _decode(path: str) -> Any:
         with pillow.open(path, formats=_formats()) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels, one side over {MAX_ASPECT} times the other")
-            return _to_rgb(image)
+            rgb = _to_rgb(image)
+            return rgb.transpose(getattr(pillow.Transpose, turn)) if upright and (turn := _turn(image)) else rgb
+
+
+def _turn(image: Any) -> str | None:
+    """The transposition that puts a decoded image upright, None where it is, or where its EXIF data are broken."""
+    try:
+        return _TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # whatever a spoilt tag makes the parser stumble over: the picture itself is good
+        return None
 
 
 @cache
@@ -280,7 +393,23 @@ def _formats() -> tuple[str, ...]:
     """Pillow may be built without one of them, and trips over a format that it does not know."""
     pillow = _pillow()
     pillow.init()
-    return tuple(name for name in _FORMATS if name in pillow.OPEN)
+    return tuple(name for name in (*_FORMATS, *_modern_formats(pillow.OPEN)) if name in pillow.OPEN)
+
+
+def _modern_formats(known: Mapping[str, Any]) -> Iterator[str]:
+    from PIL import features
+
+    if "AVIF" in known and features.check("avif"):  # it may be known by name alone
+        yield "AVIF"
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        yield "HEIF"
+
+
+@cache
+def _suffixes() -> tuple[str, ...]:
+    """Suffixes of the files that can be read here."""
+    return SUFFIXES + tuple(suffix for name in _formats() for suffix in _MODERN.get(name, ()))
 
 
 def _to_rgb(image: Any) -> Any:
@@ -294,17 +423,12 @@ def _to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, _pillow().UnidentifiedImageError):
-        return f"not one of {', '.join(_FORMATS)}"
+        return f"not one of {', '.join(_formats())}{_hint([_suffix(Path(path).name)])}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return _printable(str(error)) or type(error).__name__
-
-
-def _printable(text: str) -> str:
-    """File names may hold bytes that are not UTF-8, which would break a later print or JSON file."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return printable(str(error)) or type(error).__name__
 
 
 def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor]) -> list[Tensor]:
@@ -312,7 +436,8 @@ def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor
 
     Raises DataError where fewer than two are readable.
     """
-    files = list(_images(Path(root)))
+    unread: Counter[str] = Counter()
+    files = list(_images(Path(root), unread))
     chosen = files[:: max(len(files) // most, 1)][:most]
     out = []
     for path in chosen:
@@ -322,6 +447,8 @@ def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor
             logger.warning("%s is left out: %s", path, error)
     if len(out) < 2:
         raise DataError(f"{root} holds {len(files)} images, {len(out)} of them readable; give a folder of some tens")
+    if text := _unread_warning(root, unread):
+        logger.warning("%s", text)
     return out
 
 
@@ -342,12 +469,89 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(folder: Path) -> Iterator[str]:
+def _by_text(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Folder names by their printable text, which is what a class is called."""
+    out: dict[str, str] = {}
+    for name in names:
+        if printable(name) in out:
+            raise DataError(f"{folder} has two class folders that read {printable(name)}; rename one of them")
+        out[printable(name)] = name
+    return out
+
+
+def _require_known(folder: Path, found: Iterable[str], classes: Sequence[str]) -> None:
+    unknown = natural_order(set(found) - set(classes))
+    if unknown:
+        raise DataError(
+            f"{folder} has class folders that are not among the {len(classes)} given classes: {_shorten(unknown)}; add them in the "
+            "order of the model's outputs, or move the folders away"
+        )
+
+
+def _natural(name: str) -> list[str | tuple[int, str]]:
+    """Text and numbers in turn; a number is told by its length first, so that none is too long."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the classes {printable(str(file))} cannot be read ({error}); give UTF-8 text, one name a line") from error
+    names = [line.removesuffix("\r") for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        raise DataError(f"{file}, line {names.index('') + 1} is empty, so that later classes would move; fill it in")
+    return [printable(name) for name in names]
+
+
+def _order_warning(folder: Path, classes: Sequence[str]) -> str | None:
+    text = sorted(classes)
+    if list(classes) == text:
+        return None
+    return (
+        f"{folder}: classes are numbered in natural order, {_shorten(classes)}, as timm does; sorted as text, as torchvision does, "
+        f"they would be {_shorten(text)}. If the model was trained in that order, give its class names in a file, --classes FILE"
+    )
+
+
+def _unread_warning(folder: str | Path, unread: Mapping[str, int]) -> str | None:
+    if not unread:
+        return None
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+    return f"{folder}: {sum(unread.values())} image files are left out, as they cannot be read here: {counts}{_hint(unread)}"
+
+
+def _hint(suffixes: Iterable[str]) -> str:
+    """What to do about files of these suffixes."""
+    unread = {*suffixes} & _UNREAD - {*_suffixes()}
+    heif = unread & {*_MODERN["HEIF"]}
+    remedies = ['for HEIF run `pip install "squeezevit[heic]"`'] * bool(heif) + ["convert them to JPEG or PNG"] * (unread > heif)
+    return f"; {'; '.join(remedies)}" if remedies else ""
+
+
+def _shorten(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _suffix(name: str) -> str:
+    _, dot, last = name.lower().rpartition(".")
+    return dot + last
+
+
+def _images(folder: Path, unread: Counter[str] | None = None) -> Iterator[str]:
+    """Paths of what can be read; what merely looks like an image is counted in `unread`."""
+    suffixes = {*_suffixes()}
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+            suffix = "" if name.startswith(".") else _suffix(name)
+            if suffix in suffixes:
                 yield f"{parent}{os.sep}{name}"
+            elif suffix in _UNREAD and unread is not None:
+                unread[suffix] += 1
 
 
 def _raise(error: OSError) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from squeezevit.core.evidence import Attention
 from squeezevit.errors import UnsupportedError
-from squeezevit.reducer import Attention
 
 
 def attend(mha: Any, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,10 +9,12 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from squeezevit.core.block import Mixin
+from squeezevit.core.cut import Description, attention, attn_half, describe, mlp_half, projections
+from squeezevit.core.evidence import Attention, output
 from squeezevit.errors import UnsupportedError
-from squeezevit.families import Host, attention, attn_half, host, mlp_half, multihead, output, projections
-from squeezevit.families.tokens import WeightedPooling, weighted
-from squeezevit.reducer import Attention
+from squeezevit.families import multihead
+from squeezevit.families.tokens import WeightedPooling, not_a_grid, own_methods, weighted
 
 
 @attn_half.register
@@ -35,33 +37,48 @@ def _(block: ResidualAttentionBlock) -> tuple[nn.Module, ...]:
     return (block.ln_1,)  # queries and keys come from rows of a parameter
 
 
-class ReducedVisual:
+class ReducedVisual(Mixin):
     """Pooling in which a token counts by its weight, and the normed tokens for traces."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forwards = self.squeezevit_state.forwards
+        forwards.enter()
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            forwards.exit()
+
+    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
+        """The library's own as tokens; refused as grids, which reduced tokens do not fill."""
+        state = self.squeezevit_state
+        if output_fmt != "NLC" and state.stages:
+            raise UnsupportedError(not_a_grid("forward_intermediates", output_fmt, state.reducer))
+        return super().forward_intermediates(x, *args, output_fmt=output_fmt, **kwargs)
+
     def _pool(self, x: Tensor) -> Any:
-        state = self.squeezevit_state  # type: ignore[attr-defined]
+        state = self.squeezevit_state
         if state.trace is not None:
-            state.trace.tokens = self.ln_post(x)[:, state.prefix :] if self.attn_pool is None else x[:, state.prefix :]  # type: ignore[attr-defined]
-        out = super()._pool(x)  # type: ignore[misc]
-        state.final_weights(state.training(self))
+            state.trace.tokens = self.ln_post(x)[:, state.prefix :] if self.attn_pool is None else x[:, state.prefix :]
+        out = super()._pool(x)
+        state.final_weights(self)
         return out
 
     def _global_pool(self, x: Tensor) -> Any:
-        pooled, tokens = super()._global_pool(x)  # type: ignore[misc]
-        state = self.squeezevit_state  # type: ignore[attr-defined]
-        weights = state.final_weights(state.training(self), last=False)
-        if self.pool_type == "avg" and self.attn_pool is None and weights is not None:  # type: ignore[attr-defined]
-            pooled = super()._global_pool(weighted(x, weights, state.prefix))[0]  # type: ignore[misc]
+        pooled, tokens = super()._global_pool(x)
+        state = self.squeezevit_state
+        weights = state.final_weights(self, last=False)
+        if self.pool_type == "avg" and self.attn_pool is None and weights is not None:
+            pooled = super()._global_pool(weighted(x, weights, state.prefix))[0]
         return pooled, tokens
 
 
-@host.register
-def _(model: VisionTransformer) -> Host:
+@describe.register
+def _(model: VisionTransformer) -> Description:
     if not model.transformer.batch_first:
         raise UnsupportedError("this VisionTransformer runs with tokens first; build it with batch_first=True")
     pools = [p.attn for p in (model.attn_pool, getattr(model, "attn_pool_contrastive", None)) if p is not None]
     pools = pools[:1] if getattr(model, "attn_pool_type", "") == "cascade" else pools  # the second then pools the first's queries
-    return Host(
+    return Description(
         blocks=tuple(model.transformer.resblocks),
         prefix=1,
         class_token=True,
@@ -70,16 +87,17 @@ def _(model: VisionTransformer) -> Host:
         image_size=tuple(model.image_size),
         mixins=((model, ReducedVisual), *((pool, WeightedPooling) for pool in pools)),
         pooled=True,
+        refuse_mass=own_methods(model, ("forward", "_pool", "_global_pool"), "open_clip."),
     )
 
 
-@host.register(CLIP)
-@host.register(CustomTextCLIP)
-@host.register(CoCa)
-def _(model: Any) -> Host:
-    return replace(host(model.visual), tower=model.visual)
+@describe.register(CLIP)
+@describe.register(CustomTextCLIP)
+@describe.register(CoCa)
+def _(model: Any) -> Description:
+    return replace(describe(model.visual), tower=model.visual)
 
 
-@host.register
-def _(model: TimmModel) -> Host:
-    return host(model.trunk)
+@describe.register
+def _(model: TimmModel) -> Description:
+    return describe(model.trunk)

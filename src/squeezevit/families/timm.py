@@ -11,9 +11,11 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from squeezevit.core.block import Mixin
+from squeezevit.core.cut import Description, arguments, attention, attn_half, convert, describe, mlp_half, projections
+from squeezevit.core.evidence import Attention, compute, is_plain, output, recorded
 from squeezevit.errors import CheckpointError, UnsupportedError
-from squeezevit.families import Host, arguments, attention, attn_half, convert, host, is_plain, kept, mlp_half, output, projections
-from squeezevit.reducer import Attention
+from squeezevit.families.tokens import not_a_grid, own_methods
 
 
 @attn_half.register
@@ -101,9 +103,10 @@ def _attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Attention:
     if known is None:
         raise UnsupportedError(
             f"attention of class {type(attn).__module__}.{type(attn).__qualname__} has no plain rows to score by; choose a "
-            "reducer with another score (DTPS, Random), or register squeezevit.families.attention for its block"
+            "reducer with another score (DTPS, Random), or register squeezevit.extend.attention for its block"
         )
-    folds = rope is None and isinstance(attn.k_norm, nn.Identity) and kept(attn.k_proj if attn.qkv is None else attn.qkv) is None
+    known_keys = recorded(attn.k_proj if attn.qkv is None else attn.qkv) is not None
+    folds = rope is None and isinstance(attn.k_norm, nn.Identity) and not known_keys
     weight, bias = _weights(attn, 1) if folds else (None, None)
     if weight is not None and weight.shape[0] != attn.num_heads * _head_dim(attn):  # heads that share their keys
         weight = bias = None
@@ -114,7 +117,7 @@ def _attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Attention:
 
 def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
     """Scaled queries (which = 0) or keys (which = 1): [B, T, C] -> [B, H, T, d]."""
-    weight, bias = (None, None) if attn.qkv is None or kept(attn.qkv) is not None else _weights(attn, which)
+    weight, bias = (None, None) if attn.qkv is None or recorded(attn.qkv) is not None else _weights(attn, which)
     if attn.qkv is None:
         y = output((attn.q_proj, attn.k_proj)[which], x)
     elif weight is not None:
@@ -125,13 +128,13 @@ def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
         y = y if own is None else y + own
     d = _head_dim(attn)
     y = y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2)  # unflatten fixes the batch size in ONNX
-    y = (attn.q_norm, attn.k_norm)[which](y)
+    y = compute((attn.q_norm, attn.k_norm)[which], y)
     prefix = 0 if rope is None else attn.num_prefix_tokens
     if rope is not None and y.shape[2] > prefix:
         rotated = apply_rot_embed_cat(y[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
         y = torch.cat([y[:, :, :prefix], rotated], dim=2)
     if not which:
-        return y * attn.scale
+        return y * (d**-0.5 if attn.fused_attn else attn.scale)  # fused attention has the scale of its width, whatever is set
     return y if y.shape[1] == attn.num_heads else y.repeat_interleave(attn.num_heads // y.shape[1], dim=1)
 
 
@@ -149,7 +152,10 @@ def _weights(attn: Any, which: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _head_dim(attn: Any) -> int:
-    return round(attn.scale**-2)  # what EVA's attention has in every version
+    """Of queries and keys, from what the projections put out: pruned heads and other scales are respected."""
+    return (
+        int(attn.q_proj.out_features) // attn.num_heads if attn.qkv is None else int(attn.qkv.out_features) // (3 * attn.num_heads)
+    )
 
 
 def _own_bias(attn: Any, which: int) -> Tensor | None:
@@ -157,32 +163,33 @@ def _own_bias(attn: Any, which: int) -> Tensor | None:
     return None if getattr(attn, "q_bias", None) is None else (attn.q_bias, attn.k_bias)[which]
 
 
-class ReducedVisionTransformer:
+class ReducedVisionTransformer(Mixin):
     """What a reduced model does with its tokens after the blocks."""
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The host's own; tokens' weights go with the features they belong to, for whoever pools them and when."""
-        x = super().forward_features(*args, **kwargs)  # type: ignore[misc]
-        state = self.squeezevit_state  # type: ignore[attr-defined]
-        if state.trace is not None:
-            state.trace.tokens = x[:, state.prefix :]
-        x.squeezevit_weights = state.final_weights(state.training(self))
-        return x
+        """The library's own; tokens' weights go with the features they belong to, for whoever pools them and when."""
+        state = self.squeezevit_state
+        state.forwards.enter()
+        try:
+            x = super().forward_features(*args, **kwargs)
+            if state.trace is not None:
+                state.trace.tokens = x[:, state.prefix :]
+            x.squeezevit_weights = state.final_weights(self)
+            return x
+        finally:
+            state.forwards.exit()
 
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
-        """The host's own as tokens; refused as grids, which reduced tokens do not fill."""
-        state = self.squeezevit_state  # type: ignore[attr-defined]
+        """The library's own as tokens; refused as grids, which reduced tokens do not fill."""
+        state = self.squeezevit_state
         if output_fmt != "NLC" and state.stages:
-            raise UnsupportedError(
-                f"forward_intermediates(output_fmt={output_fmt!r}) lays tokens out as a grid, which those left by {state.reducer} "
-                "do not fill; give output_fmt='NLC', and sv.trace with its scatter_back where a grid is needed"
-            )
-        return super().forward_intermediates(x, *args, output_fmt=output_fmt, **kwargs)  # type: ignore[misc]
+            raise UnsupportedError(not_a_grid("forward_intermediates", output_fmt, state.reducer))
+        return super().forward_intermediates(x, *args, output_fmt=output_fmt, **kwargs)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Pooling in which a token counts as many times as it has patches; where all count the same, the host's own."""
-        state = self.squeezevit_state  # type: ignore[attr-defined]
-        follows = state.reducer.follows(state.training(self))
+        """Pooling in which a token counts as many times as it has patches; where all count the same, the library's own."""
+        state = self.squeezevit_state
+        follows = state.stages and state.reducer.follows(state.training(self))
         if follows and not hasattr(x, "squeezevit_weights") and self._pools_patches(pool_type):
             raise UnsupportedError(
                 f"these features have lost the weights that {state.reducer} gave their tokens, which pooling needs; pool the very "
@@ -191,55 +198,54 @@ class ReducedVisionTransformer:
         return self._pool(x, pool_type, getattr(x, "squeezevit_weights", None))
 
     def _pools_patches(self, pool_type: str | None) -> bool:
-        pool_type = self.global_pool if pool_type is None else pool_type  # type: ignore[attr-defined]
-        return self.attn_pool is not None or pool_type in ("avg", "avgmax")  # type: ignore[attr-defined]
+        pool_type = self.global_pool if pool_type is None else pool_type
+        return self.attn_pool is not None or pool_type in ("avg", "avgmax")
 
     def _first_pooled(self) -> int:
-        return 0 if self.pool_include_prefix else self.num_prefix_tokens  # type: ignore[attr-defined]
+        return 0 if self.pool_include_prefix else self.num_prefix_tokens
 
     def _pool(self, x: Tensor, pool_type: str | None, weights: Tensor | None) -> Tensor:
-        pool = super().pool  # type: ignore[misc]
-        pool_type = self.global_pool if pool_type is None else pool_type  # type: ignore[attr-defined]
+        pool_type = self.global_pool if pool_type is None else pool_type
         if weights is None:
-            return pool(x, pool_type)
+            return super().pool(x, pool_type)
         first = self._first_pooled()
-        if self.attn_pool is not None:  # type: ignore[attr-defined]
+        if self.attn_pool is not None:
             bias = (weights[:, None, None, first:] + 1e-6).log().to(x.dtype)  # masked tokens weigh 0
-            return self.attn_pool(x[:, first:], attn_mask=bias)  # type: ignore[attr-defined]
+            return self.attn_pool(x[:, first:], attn_mask=bias)
         if pool_type == "avgmax":
             return 0.5 * (self._pool(x, "max", weights) + self._pool(x, "avg", weights))
         if pool_type == "max":
-            return pool(x.masked_fill((weights < 0.5)[..., None], float("-inf")), "max")
+            return super().pool(x.masked_fill((weights < 0.5)[..., None], float("-inf")), "max")
         if pool_type == "prr":
             raise UnsupportedError(f"'prr' pooling attends without a mask, which {type(self).__name__} needs in masked training")
         if pool_type != "avg":
-            return pool(x, pool_type)
+            return super().pool(x, pool_type)
         share = weights / weights[:, first:].mean(dim=1, keepdim=True)
-        return pool((x * share[..., None]).to(x.dtype), pool_type)
+        return super().pool((x * share[..., None]).to(x.dtype), pool_type)
 
 
 class ReducedEva(ReducedVisionTransformer):
     """The same for Eva, whose attention pooling sees the prefix tokens, too."""
 
     def _first_pooled(self) -> int:
-        return 0 if self.attn_pool is not None else self.num_prefix_tokens  # type: ignore[attr-defined]
+        return 0 if self.attn_pool is not None else self.num_prefix_tokens
 
 
-@host.register
-def _(model: VisionTransformer) -> Host:
+@describe.register
+def _(model: VisionTransformer) -> Description:
     has_class_token = bool(getattr(model, "has_class_token", model.cls_token is not None))
     return _host(model, ReducedVisionTransformer, has_class_token)
 
 
-@host.register
-def _(model: Eva) -> Host:
+@describe.register
+def _(model: Eva) -> Description:
     return _host(model, ReducedEva, model.cls_token is not None)
 
 
-def _host(model: VisionTransformer | Eva, mixin: type, class_token: bool) -> Host:
+def _host(model: VisionTransformer | Eva, mixin: type, class_token: bool) -> Description:
     size = getattr(model.patch_embed, "img_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
-    return Host(
+    return Description(
         blocks=tuple(model.blocks),
         prefix=model.num_prefix_tokens,
         class_token=class_token,
@@ -248,8 +254,14 @@ def _host(model: VisionTransformer | Eva, mixin: type, class_token: bool) -> Hos
         image_size=(int(height), int(width)),
         mixins=((model, mixin),),
         pooled=True,
-        refuse_mass="its 'prr' pooling attends without a mask" if model.global_pool == "prr" else "",
+        refuse_mass=_refuse_mass(model),
     )
+
+
+def _refuse_mass(model: VisionTransformer | Eva) -> str:
+    if model.global_pool == "prr":
+        return "its 'prr' pooling attends without a mask"
+    return own_methods(model, ("forward", "forward_features", "forward_head", "pool"), "timm.")
 
 
 @convert.register(VisionTransformer)

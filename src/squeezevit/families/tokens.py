@@ -1,13 +1,17 @@
-"""Mixins for what hosts do with their tokens after the blocks, shared by the families."""
+"""What models do with their tokens after the blocks, shared by the families."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from squeezevit.trace import Trace, spread
+from squeezevit.core.block import Mixin
+from squeezevit.core.cut import base_class
+from squeezevit.core.reducer import Reducer
+from squeezevit.core.trace import Trace, spread
 
 
 def weighted(x: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
@@ -30,31 +34,60 @@ def on_grid(x: Tensor, t: Trace, blocks: int) -> Tensor:
     return torch.cat([x[:, : t.prefix], spread(x[:, t.prefix :], t.groups_after(stage))], dim=1)
 
 
-class Tower:
+def own_methods(model: nn.Module, names: Sequence[str], library: str) -> str:
+    """Why a model that overrides one of the library's methods cannot keep masses; "" where it overrides none.
+
+    What somebody else's method does with the tokens, as taking their plain mean, cannot be seen from outside.
+    """
+    base = base_class(model)
+    for name in names:
+        method = getattr(base, name)
+        if not getattr(method, "__module__", library).startswith(library):
+            return (
+                f"{base.__qualname__}.{name} is its own, not the library's, and may pool tokens as if each stood for one patch; "
+                "pool in it by sv.pool, on a model reduced without masses"
+            )
+    return ""
+
+
+def not_a_grid(method: str, fmt: str, reducer: Reducer) -> str:
+    """Why intermediate features are not laid out as a grid."""
+    return (
+        f"{method}(output_fmt={fmt!r}) lays tokens out as a grid, which those left by {reducer} do not fill; give "
+        "output_fmt='NLC', and sv.trace with its scatter_back where a grid is needed"
+    )
+
+
+class Tower(Mixin):
     """A module that returns normed tokens, or a Hugging Face output with `last_hidden_state`.
 
     They are shown to traces, weighted for `Averaging`, and spread over the full grid where `reduce_` was asked for it.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.squeezevit_state  # type: ignore[attr-defined]
-        averaged, state.averaging = state.averaging, False
+        state = self.squeezevit_state
+        run = state.forward
+        averaged, run.averaging = run.averaging, False
         # Hugging Face's towers make a mask of nothing but True while they are exported
-        state.unmasked = len(args) < 2 and all(v is None for k, v in kwargs.items() if k.endswith("attention_mask"))
+        run.unmasked = len(args) < 2 and all(v is None for k, v in kwargs.items() if k.endswith("attention_mask"))
         needs_trace = state.grid and state.stages and state.trace is None
-        with Trace(self) if needs_trace else nullcontext(state.trace) as t:  # type: ignore[arg-type]
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        state.unmasked = False
-        tokens = out if isinstance(out, Tensor) else out[0]
-        if state.trace is not None:
-            state.trace.tokens = self.normed(tokens)[:, state.prefix :]
-        weights = state.final_weights(state.training(self))
+        state.forwards.enter()
+        try:
+            with Trace(cast(nn.Module, self)) if needs_trace else nullcontext(state.trace) as t:
+                out = super().forward(*args, **kwargs)
+            tokens = out if isinstance(out, Tensor) else out[0]
+            if state.trace is not None:
+                state.trace.tokens = self.normed(tokens)[:, state.prefix :]
+            weights = state.final_weights(self)
+        finally:
+            run.unmasked = False
+            state.forwards.exit()
         if state.grid and state.stages:
-            return _all_on_grid(out, t)
+            return _all_on_grid(out, cast(Trace, t))
         return _with_tokens(out, weighted(tokens, weights, state.prefix)) if averaged else out
 
     def normed(self, tokens: Tensor) -> Tensor:
-        """After the final norm, where the host does not return them so."""
+        """After the final norm, where the library does not return them so."""
         return tokens
 
 
@@ -81,20 +114,23 @@ def _with_tokens(out: Any, tokens: Tensor) -> Any:
     return out
 
 
-class Averaging:
+class Averaging(Mixin):
     """A model that takes the plain mean of its tower's patch tokens."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.squeezevit_state.averaging = True  # type: ignore[attr-defined]
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        run = self.squeezevit_state.forward
+        run.averaging = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            run.averaging = False
 
 
-class WeightedPooling:
+class WeightedPooling(Mixin):
     """An `nn.MultiheadAttention` that pools tokens by a learned query: a token counts by its weight."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
-        state = self.squeezevit_state  # type: ignore[attr-defined]
-        weights = state.final_weights(state.training(self), last=False)
+        weights = self.squeezevit_state.final_weights(self, last=False)
         if weights is not None:
             kwargs["key_padding_mask"] = (weights[:, -key.shape[1] :] + 1e-6).log().to(key.dtype)  # masked tokens weigh 0
-        return super().forward(query, key, value, **kwargs)  # type: ignore[misc]
+        return super().forward(query, key, value, **kwargs)

@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from squeezevit.families import Host, attention, attn_half, host, mlp_half, multihead, output, projections
+from squeezevit.core.cut import Description, attention, attn_half, describe, mlp_half, projections
+from squeezevit.core.evidence import Attention, output
+from squeezevit.families import multihead
 from squeezevit.families.tokens import Tower
-from squeezevit.reducer import Attention
 
 
 @attn_half.register
@@ -28,10 +29,10 @@ def _(block: EncoderBlock) -> tuple[nn.Module, ...]:
     return (block.ln_1,)  # queries and keys come from rows of a parameter
 
 
-@host.register
-def _(model: VisionTransformer) -> Host:
+@describe.register
+def _(model: VisionTransformer) -> Description:
     first = next(m for m in model.conv_proj.modules() if isinstance(m, nn.Conv2d))
-    return Host(
+    return Description(
         blocks=tuple(model.encoder.layers),
         prefix=1,
         class_token=True,

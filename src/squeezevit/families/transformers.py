@@ -1,7 +1,8 @@
 """Vision towers of Hugging Face transformers 5: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and their kin, alone or inside a model."""
 
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,24 +10,24 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from squeezevit.errors import UnsupportedError
-from squeezevit.families import (
-    Host,
+from squeezevit.core.block import Mixin
+from squeezevit.core.cut import (
+    Description,
     arguments,
+    as_python,
     attention,
     attn_half,
-    host,
-    host_class,
-    is_plain,
-    kept,
+    base_class,
+    describe,
+    fingerprint,
     knows,
     mlp_half,
-    output,
     projections,
 )
-from squeezevit.families.table import TOWERS, refusal
-from squeezevit.families.tokens import Averaging, Tower, WeightedPooling
-from squeezevit.reducer import Attention
+from squeezevit.core.evidence import Attention, is_plain, output, recorded
+from squeezevit.core.supported import TOWERS, refusal
+from squeezevit.errors import UnsupportedError
+from squeezevit.families.tokens import Averaging, Tower, WeightedPooling, own_methods
 from squeezevit.reducers import to_dict
 
 
@@ -76,6 +77,8 @@ def _register(layer: type, layout: _Layout) -> None:
 
     @attn_half.register(layer)
     def _(block: Any, x: Tensor, bias: Tensor | None = None, **rotary: Any) -> Tensor:
+        if bias is not None:
+            _require_additive(getattr(block, attn))
         y = getattr(block, attn)(getattr(block, norm1)(x), attention_mask=bias, **rotary)[0]
         return _through(block, after_attn, y) + x
 
@@ -99,9 +102,24 @@ def _register(layer: type, layout: _Layout) -> None:
             given["position_embeddings"] = (angles.cos(), angles.sin())
         return given
 
+    plain_fingerprint = fingerprint.dispatch(object)
+
+    @fingerprint.register(layer)
+    def _(block: Any) -> Hashable:
+        """Which attention function runs, too, as some ignore masks."""
+        return plain_fingerprint(block), getattr(getattr(block, attn).config, "_attn_implementation", None)
+
+
+def _require_additive(attn: Any) -> None:
+    name = str(getattr(attn.config, "_attn_implementation", None))
+    if name.startswith(("flex", "flash", "paged")):
+        raise UnsupportedError(
+            f"attention runs by {name!r}, which takes no additive bias; call model.set_attn_implementation('sdpa') first"
+        )
+
 
 def _rotates(block: nn.Module) -> bool:
-    return hasattr(sys.modules[host_class(block).__module__], "apply_rotary_pos_emb")
+    return hasattr(sys.modules[base_class(block).__module__], "apply_rotary_pos_emb")
 
 
 def _through(block: Any, names: tuple[str, ...], y: Tensor) -> Tensor:
@@ -117,69 +135,56 @@ def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] 
         y = y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2)
         if position_embeddings is None or y.shape[2] == 1:  # a class token alone, which has no place
             return y
-        return sys.modules[host_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
+        return sys.modules[base_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
 
     scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
-    plain = position_embeddings is None and is_plain(attn.k_proj) and kept(attn.k_proj) is None
+    plain = position_embeddings is None and is_plain(attn.k_proj) and recorded(attn.k_proj) is None
     return Attention(
         x, attn.config.num_attention_heads, lambda n: project(attn.q_proj, x[:, :n]) * scale, lambda: project(attn.k_proj, x),
         attn.k_proj.weight if plain else None, attn.k_proj.bias if plain else None,
     )  # fmt: skip
 
 
-class Saving:
+class Saving(Mixin):
     """A model whose `save_pretrained` writes its reducer into config.json, for `squeezevit.from_pretrained`."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        self.config.squeezevit = to_dict(self.squeezevit_state.reducer)  # type: ignore[attr-defined]
+        self.config.squeezevit = to_dict(self.squeezevit_state.reducer)
         try:
-            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+            return super().save_pretrained(*args, **kwargs)
         finally:
-            del self.config.squeezevit  # type: ignore[attr-defined]
+            del self.config.squeezevit
 
 
 class CLIPTower(Tower):
-    """Its host norms the class token alone."""
+    """Its library norms the class token alone."""
 
     def normed(self, tokens: Tensor) -> Tensor:
-        return self.post_layernorm(tokens)  # type: ignore[attr-defined]
+        return self.post_layernorm(tokens)
 
 
-class SavingTower(Saving, Tower):
-    """Both."""
-
-
-class SavingCLIPTower(Saving, CLIPTower):
-    """Both."""
-
-
-class SavingAveraging(Saving, Averaging):
-    """Both."""
-
-
-@host.register
-def _(model: PreTrainedModel) -> Host:
-    if reason := refusal(model):
+@describe.register
+def _(model: PreTrainedModel) -> Description:
+    if reason := next(filter(None, map(refusal, model.modules())), None):
         raise UnsupportedError(f"{type(model).__name__} cannot be reduced ({reason})")
-    towers = [m for m in model.modules() if _name(m, TOWERS)]
+    towers: dict[str, Any] = {path: m for path, m in model.named_modules() if _name(m, TOWERS)}
     if len(towers) != 1:
+        several = f"give one of them to sv.reduce_, as {' or '.join(map(as_python, filter(None, towers)))}"
         raise UnsupportedError(
             f"{type(model).__name__} has {len(towers)} vision towers that SqueezeViT knows ({', '.join(TOWERS)}); "
-            f"{'give one of them to sv.reduce_' if towers else 'for one of your own register squeezevit.families.host'}"
+            f"{several if towers else 'for one of your own register squeezevit.extend.describe'}"
         )
-    tower: Any = towers[0]
+    (tower,) = towers.values()
     averages = _name(model, _AVERAGING) is not None
     head = getattr(getattr(tower, "head", None), "attention", None)
     config = tower.config
-    clip = _name(tower, ("CLIPVisionModel",)) is not None
-    mixins: list[tuple[nn.Module, type]] = [(model, SavingCLIPTower if clip else SavingTower)]
-    if tower is not model:
-        mixins = [(tower, CLIPTower if clip else Tower), (model, SavingAveraging if averages else Saving)]
-    if head is not None:
-        mixins.append((head, WeightedPooling))
+    mixins: list[tuple[nn.Module, type]] = [(model, Saving)]
+    mixins += [(model, Averaging)] if averages else []
+    mixins += [(tower, CLIPTower if _name(tower, ("CLIPVisionModel",)) else Tower)]
+    mixins += [(head, WeightedPooling)] if head is not None else []
     size = getattr(config, "image_size", None) or config.patch_size * round(config.num_patches**0.5)
-    return Host(
-        blocks=tuple(m for m in tower.modules() if knows(host_class(m))),
+    return Description(
+        blocks=tuple(m for m in tower.modules() if knows(base_class(m))),
         prefix=TOWERS[_name(tower, TOWERS)] + getattr(config, "num_register_tokens", 0),  # type: ignore[index]
         class_token=TOWERS[_name(tower, TOWERS)] > 0,  # type: ignore[index]
         dim=config.hidden_size,
@@ -190,7 +195,18 @@ def _(model: PreTrainedModel) -> Host:
         pooled=averages or head is not None,
         tower=None if model.main_input_name == "pixel_values" else tower,
         inputs=partial(_patches, config.patch_size) if _name(tower, ("Siglip2VisionModel",)) else None,
+        options=partial(_resized, model if model.main_input_name == "pixel_values" else tower, size),
+        refuse_mass=own_methods(model, ("forward",), "transformers.") if averages else "",
     )
+
+
+def _resized(runs: nn.Module, size: int | tuple[int, int], images: Tensor) -> dict[str, Any]:
+    """What asks a model to interpolate its positions, for images of another size than its own, where it must be asked."""
+    own = (size, size) if isinstance(size, int) else tuple(size)
+    embeddings = getattr(getattr(runs, "vision_model", runs), "embeddings", runs)
+    takers = [inspect.signature(m.forward).parameters for m in (runs, embeddings)]
+    asked = any("interpolate_pos_encoding" in parameters for parameters in takers)
+    return {"interpolate_pos_encoding": True} if asked and tuple(images.shape[-2:]) != own else {}
 
 
 def _patches(side: int, images: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,17 +1,16 @@
-"""The methods, each a frozen dataclass over the protocol of `squeezevit.reducer`."""
+"""The methods, each a frozen dataclass over the protocol of `squeezevit.core.reducer`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from squeezevit.core.reducer import Reducer
 from squeezevit.errors import ConfigError
-from squeezevit.reducer import Reducer
 from squeezevit.reducers.baselines import Identity, Random, TopK
-from squeezevit.reducers.dynamicvit import DynamicViT
 from squeezevit.reducers.evit import EViT
-from squeezevit.reducers.squeeze import Squeeze
+from squeezevit.reducers.learned import DTPS, DynamicViT
 from squeezevit.reducers.tome import ToMe
-from squeezevit.reducers.tps import DTPS, ETPS
+from squeezevit.reducers.tps import ETPS, Squeeze
 
 __all__ = ["DTPS", "ETPS", "DynamicViT", "EViT", "Identity", "Random", "Squeeze", "ToMe", "TopK"]
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from squeezevit import ops
+from squeezevit.core import ops
+from squeezevit.core.reducer import Reducer, Reduction, Score, Stage, Staged, check_score
 from squeezevit.errors import ConfigError
-from squeezevit.reducer import Reducer, Reduction, Score, Stage, Staged, check_score
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,6 @@ class Identity(Reducer):
 
     def stages(self, depth: int) -> tuple[int, ...]:
         return ()
+
+    def at_strength(self, strength: float, patches: int, depth: int) -> Reducer:
+        return self

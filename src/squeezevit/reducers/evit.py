@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from squeezevit import ops
-from squeezevit.reducer import Reduction, Score, Stage, Staged, check_flag, check_score
+from squeezevit.core import ops
+from squeezevit.core.reducer import Reduction, Score, Stage, Staged, check_flag, check_score
 
 
 @dataclass(frozen=True)

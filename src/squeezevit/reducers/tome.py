@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from squeezevit import ops
+from squeezevit.core import ops
+from squeezevit.core.reducer import Reducer, Reduction, Stage, is_index, still_left
 from squeezevit.errors import ConfigError
-from squeezevit.reducer import Reducer, Reduction, Stage, is_index
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,29 @@ class ToMe(Reducer):
         r = [r for r in self.r if r][stage] if isinstance(self.r, tuple) else self.r
         return n - min(r, n // 2)
 
+    def at_strength(self, strength: float, patches: int, depth: int) -> Reducer:
+        """Up to half of the patches a block; a number that is not whole becomes an even mixture of its neighbours."""
+        removed = strength * patches / 2
+        steps = [int(removed * i + 1e-9) for i in range(depth + 1)]
+        return ToMe(r=tuple(b - a for a, b in pairwise(steps)))
+
+    def annealed(self, progress: float) -> Reducer:
+        """By the cosine of `Staged`, from one token a block on, so that its stages stay."""
+        left = still_left(progress)
+        steps = [max(round(r * (1 - left)), 1) if r else 0 for r in ([self.r] if isinstance(self.r, int) else self.r)]
+        return ToMe(r=steps[0] if isinstance(self.r, int) else tuple(steps))
+
+    def setting(self) -> str:
+        per_block = self.r if isinstance(self.r, tuple) else (self.r,)
+        return f"r={sum(per_block) / len(per_block):.1f} a block"
+
     def reduce(self, s: Stage) -> Reduction:
         keys = s.keys()
         with ops.no_autocast(keys):
             keys = F.normalize(keys.float(), dim=-1)
             # a token's index counts the prefix, and even indices are sources, as in the released code
             sources, targets = keys[:, s.prefix % 2 :: 2], keys[:, 1 - s.prefix % 2 :: 2]
-            likeness, best = (sources @ targets.transpose(1, 2)).max(dim=-1)  # (B, sources)
+            likeness, best = ops.best_match(sources, targets)  # (B, sources)
         merged, rest = ops.split(likeness, s.n - s.k)
         target = torch.arange(targets.shape[1], device=keys.device).expand(keys.shape[0], -1)
         kept = torch.cat([rest * 2 + s.prefix % 2, target * 2 + 1 - s.prefix % 2], dim=1)

@@ -1,25 +1,53 @@
-"""TPS, joint Token Pruning and Squeezing (Wei et al., CVPR 2023), in both variants."""
+"""eTPS, the half of joint Token Pruning and Squeezing (Wei et al., CVPR 2023) that learns nothing, and its parts as choices."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from squeezevit import ops
+from squeezevit.core import ops
+from squeezevit.core.reducer import Reduction, Score, Stage, Staged, check_flag, check_score
 from squeezevit.errors import ConfigError
-from squeezevit.reducer import Reduction, Score, Stage, Staged, check_flag, check_score, floor_of_first, nothing_pruned
+
+Ranking = Score | Literal["redundancy", "mrmr", "random"]
+_RELEVANCE = 0.2  # attention spans orders of magnitude: its fifth root tells twins apart from what nobody looks at, and no more
+_MATCHES, _FUSES = ("tokens", "normed", "keys"), ("cosine", "mass")
 
 
 @dataclass(frozen=True)
-class ETPS(Staged):
+class _Squeezing(Staged):
+    """Score, split, and squeeze each pruned token into the reserved one most like it. Subclasses say by what."""
+
+    @property
+    def carries(self) -> bool:
+        return self.weighs
+
+    def reduce(self, s: Stage) -> Reduction:
+        scores = self.ranking(s)
+        kept, pruned = ops.split(scores, s.k)
+        tokens, hosts, mass = s.squeeze(kept, pruned, self.weighs, self.alike(s))
+        return Reduction(tokens, kept, pruned, hosts, scores, mass)
+
+    def ranking(self, s: Stage) -> Tensor:
+        """Scores of the patch tokens, [B, N] float32."""
+        raise NotImplementedError
+
+    def alike(self, s: Stage) -> Tensor | None:
+        """What patch tokens are matched by, [B, N, D]; None for they themselves."""
+        return None
+
+
+@dataclass(frozen=True)
+class ETPS(_Squeezing):
     """eTPS: between attention and MLP of a block, tokens with little class attention are squeezed into the others.
 
     score: "cls" (attention of the class token), "received" (mean attention a token receives), "auto" (the first where the
     model has a class token, else the second; the paper knows class tokens only).
     mass: beyond the paper, tokens remember how many patches they stand for: fused by mass, with log(mass) as a bias of later
     attention and mass-weighted average pooling.
+    `Squeeze` with these settings is the same: `Squeeze(score=score, fuse="mass" if mass else "cosine")`.
     K_j = ceil(keep * K_{j-1}); section 3.3 of Wei et al. 2023. Raises ConfigError on values that cannot be meant.
 
     >>> ETPS(keep=0.5, at=(3, 6, 9)).count(0, 196, 196)
@@ -35,100 +63,75 @@ class ETPS(Staged):
         check_flag(self, "mass")
 
     @property
-    def carries(self) -> bool:
-        return self.mass
-
-    @property
     def weighs(self) -> bool:
         return self.mass
 
-    def reduce(self, s: Stage) -> Reduction:
-        scores = s.scores(self.score)
-        kept, pruned = ops.split(scores, s.k)
-        tokens, hosts, mass = s.squeeze(kept, pruned, by_mass=self.mass)
-        return Reduction(tokens, kept, pruned, hosts, scores, mass)
+    def ranking(self, s: Stage) -> Tensor:
+        return s.scores(self.score)
 
 
 @dataclass(frozen=True)
-class DTPS(Staged):
-    """dTPS: before a block, tokens that a small learned head wants dropped are squeezed into the others.
+class Squeeze(_Squeezing):
+    """Between attention and MLP, tokens of low score are squeezed into the others, one direction, each into one.
 
-    K_j = floor(N * keep^j), at least 1; section 3.3 of Wei et al. 2023. The heads live at `model.token_reducer`; untrained heads
-    rank tokens at random, so train them or load them with `load_checkpoint_`.
-
-    train: what `model.train()` does. "masked", the paper's: all tokens stay, Gumbel-softmax samples which are kept, the others
-    are squeezed and hidden from later attention; counts follow a loss (`losses.keep_ratio_loss`). "topk", faster: tokens really
-    leave, as many as in evaluation, chosen by the same noisy scores, once the attention behind the stage has told the heads, by a
-    straight-through gradient, what each token was worth.
+    score: "cls", "received", "auto" as for `ETPS`; "redundancy": a token is as important as it is unlike every token that gets
+    more attention than it (1 - the highest cosine of their keys), so that what is pruned has a more important twin to go to;
+    "mrmr", relevant and not redundant (after Peng et al. 2005): that times the fifth root of the attention the token itself gets;
+    "random", at the same places in every image; or a function of the `Stage` that returns scores [B, N], float32.
+    match: on what a pruned token's host is most like it: its "tokens", tokens as they came into the block and "normed" for its
+    attention, or attention "keys" (mean over heads).
+    fuse: "cosine", the paper's weights exp(c), or "mass": tokens remember how many patches they stand for.
+    bias: with masses, later attention counts a token that often (log(mass) on its logits).
+    `Squeeze()` is `ETPS()`, and `Squeeze(fuse="mass")` is `ETPS(mass=True)`.
     """
 
-    train: Literal["masked", "topk"] = "masked"
-
-    place: ClassVar[Literal["before", "between"]] = "before"
-    learned: ClassVar[bool] = True
-    scored: ClassVar[bool] = False
-    squeezes: ClassVar[bool] = True
+    score: Ranking | Callable[[Stage], Tensor] = "auto"
+    match: Literal["tokens", "normed", "keys"] = "tokens"
+    fuse: Literal["cosine", "mass"] = "cosine"
+    bias: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.train not in ("masked", "topk"):
-            raise ConfigError(f"{type(self).__name__}: train={self.train!r} is not known; choose 'masked' or 'topk'")
+        check_flag(self, "bias")
+        rankings = (*get_args(Score), "redundancy", "mrmr", "random")
+        for name, known in (("score", rankings), ("match", _MATCHES), ("fuse", _FUSES)):
+            value = getattr(self, name)
+            if value not in known and not (name == "score" and callable(value)):
+                raise ConfigError(f"Squeeze: {name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
 
     @property
-    def carries(self) -> bool:
-        return True
+    def weighs(self) -> bool:
+        return self.fuse == "mass"
 
     @property
-    def masks(self) -> bool:
-        return self.train == "masked"
+    def biases(self) -> bool:
+        return self.weighs and self.bias
 
-    def count(self, stage: int, n: int, n0: int) -> int:
-        return floor_of_first(self, stage, n, n0)
+    def alike(self, s: Stage) -> Tensor | None:
+        return None if self.match == "tokens" else s.keys() if self.match == "keys" else s.normed()
 
-    def reduce(self, s: Stage) -> Reduction:
-        logits = s.head_logits()
-        if s.training:
-            return self.reduce_masked(s, logits) if self.masks else self.reduce_relaxed(s, logits)
-        scores = ops.log_odds(logits)
-        kept, pruned = ops.split(scores, s.k)
-        if not self.squeezes:
-            return Reduction(s.keep(kept), kept, pruned, scores=scores)
-        tokens, hosts, _ = s.squeeze(kept, pruned)
-        return Reduction(tokens, kept, pruned, hosts, scores)
+    def ranking(self, s: Stage) -> Tensor:
+        """Scores of the patch tokens, [B, N] float32."""
+        if callable(self.score):
+            return _checked(self.score(s), s, self)
+        if self.score == "random":
+            return ops.position_noise(s.n, s.index, s.tokens.device).expand(s.tokens.shape[0], -1)
+        if self.score != "redundancy" and self.score != "mrmr":
+            return s.scores(self.score)
+        attention = s.scores("auto")
+        unlike = ops.uniqueness(s.keys(), attention)
+        return unlike if self.score == "redundancy" else unlike * attention**_RELEVANCE
 
-    def reduce_masked(self, s: Stage, logits: Tensor) -> Reduction:
-        """All tokens go on; what this stage prunes is squeezed where `squeezes`, and hidden by the policy."""
-        before = s.kept_so_far()
-        decision = ops.decide(logits, before)
-        tokens, _ = self.squeeze_in_place(s, decision, (1 - decision) * (1 if before is None else before))
-        policy = F.pad(decision, (s.prefix, 0), value=1.0)
-        scores = ops.log_odds(logits)
-        return nothing_pruned(tokens, s.n)._replace(scores=scores, logits=logits, decision=decision, policy=policy)
 
-    def reduce_relaxed(self, s: Stage, logits: Tensor) -> Reduction:
-        """The K tokens with the highest sampled log-odds stay; their indicator has the gradient of a sigmoid around the cut.
-
-        The others are squeezed, hidden from this block's attention by the policy, and leave behind it: so far they are there for
-        the gradient to say what keeping them would have done. (Without that the heads learn to drop what matters: whenever it is
-        gone, the tokens that are there get the large gradients.)
-        """
-        sample = ops.log_odds(F.gumbel_softmax(logits).clamp(min=1e-9).log())
-        kept, pruned = ops.split(sample.detach(), s.k)
-        cut = (sample.gather(1, kept).amin(dim=1) + sample.gather(1, pruned).amax(dim=1)).detach() / 2
-        soft = (sample - cut[:, None]).sigmoid()
-        decision = torch.zeros_like(soft).scatter(1, kept, 1.0) - soft.detach() + soft
-        tokens, hosts = self.squeeze_in_place(s, decision, 1 - decision)
-        if hosts is not None:  # as positions among the kept
-            places = torch.zeros_like(hosts).scatter(1, kept, torch.arange(s.k, device=kept.device).expand_as(kept))
-            hosts = places.gather(1, hosts.gather(1, pruned))
-        policy = F.pad(decision, (s.prefix, 0), value=1.0)
-        return Reduction(
-            tokens, kept, pruned, hosts, ops.log_odds(logits), logits=logits, decision=decision, policy=policy, leaving=s.rows(kept)
+def _checked(scores: Tensor, s: Stage, reducer: Squeeze) -> Tensor:
+    """A score function's result. Raises ConfigError where it is not one finite number for each patch token."""
+    expected = (s.tokens.shape[0], s.n)
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
+        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ConfigError(
+            f"{reducer}: the score function returned {found} at stage {s.index}; return one number for each patch token, "
+            f"{list(expected)}, without the {s.prefix} prefix tokens (s.tokens[:, s.prefix:])"
         )
-
-    def squeeze_in_place(self, s: Stage, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor | None]:
-        """All tokens, with the pruned ones squeezed into the kept, and each one's host [B, N]; indicators [B, N] of both."""
-        if not self.squeezes:
-            return s.tokens, None
-        patches, hosts = ops.squeeze_masked(s.tokens[:, s.prefix :], kept, pruned)
-        return torch.cat([s.tokens[:, : s.prefix], patches], dim=1), hosts
+    if not torch.compiler.is_compiling() and not scores.is_meta and scores.isnan().any():
+        raise ConfigError(f"{reducer}: the score function returned NaN at stage {s.index}, which ranks nothing; mend the function")
+    return scores

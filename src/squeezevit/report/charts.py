@@ -9,59 +9,71 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from squeezevit.errors import MissingExtraError
-
-Row = Mapping[str, Any]
+from squeezevit.reducers.catalog import Look, methods
+from squeezevit.report.rows import Row
 
 INK, MUTED, GRID, PAPER = "#1c2127", "#5c6570", "#dfe3e8", "#fefefe"
 THEME = {"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER}
 
 
-@dataclass(frozen=True)
-class Style:
-    """How one method is drawn: its colour on white and on black, marker and dashes; TPS variants are `strong`."""
+class Style(NamedTuple):
+    """How one method is drawn: the name of its colour's CSS variable, and its look."""
 
     name: str
-    light: str
-    dark: str
-    marker: str
-    dashes: tuple[float, ...] = ()
-    strong: bool = False
+    look: Look
 
 
-_KNOWN = {
-    "Preset": Style("preset", "#1d7a2c", "#6fd07c", "*", strong=True),
-    "ETPS": Style("etps", "#cf3f12", "#ff8552", "o", strong=True),
-    "ETPS+mass": Style("etps-mass", "#0a5fb4", "#62adff", "s", strong=True),
-    "DTPS": Style("dtps", "#6a3fb5", "#b598ff", "P", strong=True),
-    "EViT": Style("evit", "#007a5a", "#35c79c", "^", (5, 2)),
-    "TopK": Style("topk", "#a0408a", "#e58fca", "v", (6, 2, 1.5, 2)),
-    "ToMe": Style("tome", "#8f6200", "#e0b23e", "D", (9, 3)),
-    "Random": Style("random", "#68707b", "#a6afba", "X", (1.5, 2)),
+_SPARE = (
+    Look("#7a1f1f", "#e39a9a", "d", (3, 2)),
+    Look("#b0234f", "#ff86a8", "<", (7, 2, 3, 2)),
+    Look("#56720b", "#a9c94e", ">", (4, 4)),
+    Look("#7b4a2d", "#d69f7f", "h", (2, 1)),
+)
+_SHAPES = {  # matplotlib's markers, 12 x 12
+    "o": '<circle cx="6" cy="6" r="4.2"/>',
+    "s": '<rect x="2.2" y="2.2" width="7.6" height="7.6"/>',
+    "P": '<path d="M4.4 1.6h3.2v2.8h2.8v3.2h-2.8v2.8h-3.2v-2.8h-2.8v-3.2h2.8z"/>',
+    "^": '<path d="M6 1.6 10.6 10H1.4z"/>',
+    "v": '<path d="M6 10.4 10.6 2H1.4z"/>',
+    "D": '<path d="M6 1.2 10.8 6 6 10.8 1.2 6z"/>',
+    "d": '<path d="M6 1 9.4 6 6 11 2.6 6z"/>',
+    "X": '<path d="M2 3.6 3.6 2 6 4.4 8.4 2 10 3.6 7.6 6 10 8.4 8.4 10 6 7.6 3.6 10 2 8.4 4.4 6z"/>',
+    "*": '<path d="M6 .8 7.4 4.3l3.8.2-2.9 2.4 1 3.7L6 8.6l-3.3 2 1-3.7L.8 4.5l3.8-.2z"/>',
+    "p": '<path d="M6 1.2 10.8 4.8 9 10.4H3L1.2 4.8z"/>',
+    "<": '<path d="M1.6 6 10 1.4v9.2z"/>',
+    ">": '<path d="M10.4 6 2 1.4v9.2z"/>',
+    "h": '<path d="M6 1 10.4 3.5v5L6 11 1.6 8.5v-5z"/>',
 }
-_SPARE = [
-    Style("spare-0", "#00758a", "#45c4da", "p", (3, 2)),
-    Style("spare-1", "#b0234f", "#ff86a8", "<", (7, 2, 3, 2)),
-    Style("spare-2", "#56720b", "#a9c94e", ">", (4, 4)),
-    Style("spare-3", "#7b4a2d", "#d69f7f", "h", (2, 1)),
-]
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """How each of these methods is drawn: as the catalogue says, or in one of four spare looks where it does not."""
+    known = methods()
+    own = {name: known[name].look for name in names if name in known}
+    spare = [name for name in names if own.get(name) is None]
+    return {name: own.get(name) or _SPARE[spare.index(name) % len(_SPARE)] for name in names}
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    """A style for each method, in order of first appearance; methods not known here share four spare styles."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    strangers = [method for method in methods if method not in _KNOWN]
-    return {m: _KNOWN[m] if m in _KNOWN else _SPARE[strangers.index(m) % len(_SPARE)] for m in methods}
+    """A style for each method, in order of first appearance."""
+    drawn = looks(list(dict.fromkeys(row["method"] for row in rows)))
+    return {name: Style(_variable(name, look), look) for name, look in drawn.items()}
 
 
 def css_variables(dark: bool) -> str:
-    """The methods' colours as CSS declarations, `--m-etps: #cf3f12;` and so on."""
-    every = [*_KNOWN.values(), *_SPARE]
-    return " ".join(f"--m-{style.name}: {style.dark if dark else style.light};" for style in every)
+    """All methods' colours as CSS declarations, `--m-etps: #cf3f12;` and so on."""
+    known = [(name, entry.look) for name, entry in methods().items() if entry.look is not None]
+    every = [*known, *(("", look) for look in _SPARE)]
+    return " ".join(f"--m-{_variable(name, look)}: {look.dark if dark else look.light};" for name, look in every)
+
+
+def _variable(name: str, look: Look) -> str:
+    """The name of a colour's variable: the method's in letters that CSS takes, a spare look's own."""
+    return f"spare-{_SPARE.index(look)}" if look in _SPARE else re.sub(r"[^a-z0-9]+", "-", name)
 
 
 def accuracy_chart(results: Mapping[str, Any]) -> str:
@@ -130,24 +142,10 @@ def speed_chart(results: Mapping[str, Any]) -> str:
 
 def marker_svg(style: Style) -> str:
     """The method's marker, 12 x 12, for use beside its name."""
-    shapes = {
-        "o": '<circle cx="6" cy="6" r="4.2"/>',
-        "s": '<rect x="2.2" y="2.2" width="7.6" height="7.6"/>',
-        "P": '<path d="M4.4 1.6h3.2v2.8h2.8v3.2h-2.8v2.8h-3.2v-2.8h-2.8v-3.2h2.8z"/>',
-        "^": '<path d="M6 1.6 10.6 10H1.4z"/>',
-        "v": '<path d="M6 10.4 10.6 2H1.4z"/>',
-        "D": '<path d="M6 1.2 10.8 6 6 10.8 1.2 6z"/>',
-        "X": '<path d="M2 3.6 3.6 2 6 4.4 8.4 2 10 3.6 7.6 6 10 8.4 8.4 10 6 7.6 3.6 10 2 8.4 4.4 6z"/>',
-        "*": '<path d="M6 .8 7.4 4.3l3.8.2-2.9 2.4 1 3.7L6 8.6l-3.3 2 1-3.7L.8 4.5l3.8-.2z"/>',
-        "p": '<path d="M6 1.2 10.8 4.8 9 10.4H3L1.2 4.8z"/>',
-        "<": '<path d="M1.6 6 10 1.4v9.2z"/>',
-        ">": '<path d="M10.4 6 2 1.4v9.2z"/>',
-        "h": '<path d="M6 1 10.4 3.5v5L6 11 1.6 8.5v-5z"/>',
-    }
-    fill = f"var(--m-{style.name})" if style.strong else "none"
+    fill = f"var(--m-{style.name})" if style.look.strong else "none"
     return (
         f'<svg class="mark" viewBox="0 0 12 12" width="12" height="12" aria-hidden="true" '
-        f'style="fill: {fill}; stroke: var(--m-{style.name})">{shapes[style.marker]}</svg>'
+        f'style="fill: {fill}; stroke: var(--m-{style.name})">{_SHAPES.get(style.look.marker, _SHAPES["o"])}</svg>'
     )
 
 
@@ -189,20 +187,21 @@ def _chart(
         axes = figure.add_axes((0.115, 0.14, 0.855, 0.785))
         _frame(axes, results, rows, unit)
         ends = []
-        methods = [method for method in look if any(row["method"] == method for row in rows)]
-        for index, method in enumerate(methods):
+        drawn = [method for method in look if any(row["method"] == method for row in rows)]
+        for index, method in enumerate(drawn):
             own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["macs_share"])
-            shift = sideways * (index - (len(methods) - 1) / 2)
+            shift = sideways * (index - (len(drawn) - 1) / 2)
             x = [100 * row["macs_share"] + shift for row in own]
             y = [value(row) for row in own]
-            _line(axes, x, y, [error(row) or 0 for row in own], look[method], PAPER if sideways else "none")
+            _line(axes, x, y, [error(row) or 0 for row in own], look[method].look, PAPER if sideways else "none")
             ends.append((y[-1], x[-1], own[-1]["label"], look[method]))
         _room(axes, results, value)
-        reference(axes, _crowded(axes, ends))
+        reference(axes, _crowded(axes, ends, 0.25 + 0.018 * max(len(end[2]) for end in ends)))  # the names, and its own beside them
         _label_ends(axes, ends)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    return _inline(buffer.getvalue(), name, title, look.values())
+    colours = {matplotlib.colors.to_hex(style.look.light): f"m-{style.name}" for style in look.values()}
+    return _inline(buffer.getvalue(), name, title, colours)
 
 
 def _matplotlib() -> tuple[Any, Any]:
@@ -249,27 +248,27 @@ def _room(axes: Any, results: Mapping[str, Any], value: Callable[[Row], float | 
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
-def _line(axes: Any, x: list[float], y: list[Any], error: list[float], style: Style, hollow: str) -> None:
-    strong = style.strong
+def _line(axes: Any, x: list[float], y: list[Any], error: list[float], look: Look, hollow: str) -> None:
+    strong = look.strong
     if any(error):
         axes.errorbar(
-            x, y, yerr=error, fmt="none", ecolor=style.light, elinewidth=1.6 if strong else 1.0, capsize=2.5,
+            x, y, yerr=error, fmt="none", ecolor=look.light, elinewidth=1.6 if strong else 1.0, capsize=2.5,
             zorder=3,
         )  # fmt: skip
     (line,) = axes.plot(
-        x, y, color=style.light, linewidth=2.4 if strong else 1.3, marker=style.marker,
-        markersize=7.5 if strong else 6.5, markerfacecolor=style.light if strong else hollow,
-        markeredgecolor=PAPER if strong else style.light, markeredgewidth=0.8 if strong else 1.3,
+        x, y, color=look.light, linewidth=2.4 if strong else 1.3, marker=look.marker,
+        markersize=7.5 if strong else 6.5, markerfacecolor=look.light if strong else hollow,
+        markeredgecolor=PAPER if strong else look.light, markeredgewidth=0.8 if strong else 1.3,
         zorder=4 if strong else 5,
     )  # fmt: skip
-    if style.dashes:
-        line.set_dashes(style.dashes)
+    if look.dashes:
+        line.set_dashes(look.dashes)
 
 
-def _crowded(axes: Any, ends: list[tuple[Any, float, str, Style]]) -> bool:
-    """No room for the methods' names between the last point and the dense model's MACs."""
+def _crowded(axes: Any, ends: list[tuple[Any, float, str, Style]], wanted: float = 0.25) -> bool:
+    """Less than this share of the chart's width is left to the right of the last point; names take a quarter."""
     left, far = axes.get_xlim()
-    return max(end[1] for end in ends) + 0.25 * (far - left) > far
+    return max(end[1] for end in ends) + wanted * (far - left) > far
 
 
 def _label_ends(axes: Any, ends: list[tuple[Any, float, str, Style]]) -> None:
@@ -292,15 +291,15 @@ def _label_ends(axes: Any, ends: list[tuple[Any, float, str, Style]]) -> None:
         axes.set_xlim(left, far)
     column = right + 0.055 * (far - left)
     for place, (y, x, label, style) in zip(places, order, strict=True):
-        axes.plot([x + 0.012 * (far - left), column - 0.008 * (far - left)], [y, place], color=style.light, linewidth=0.7)
+        axes.plot([x + 0.012 * (far - left), column - 0.008 * (far - left)], [y, place], color=style.look.light, linewidth=0.7)
         axes.annotate(
-            label, (column, place), va="center_baseline", color=style.light, fontsize=11.5,
-            fontweight="bold" if style.strong else "normal", annotation_clip=False, zorder=7,
+            label, (column, place), va="center_baseline", color=style.look.light, fontsize=11.5,
+            fontweight="bold" if style.look.strong else "normal", annotation_clip=False, zorder=7,
             gid=f"halo-{style.name}",
         )  # fmt: skip
 
 
-def _inline(svg: str, name: str, title: str, look: Any) -> str:
+def _inline(svg: str, name: str, title: str, colours: Mapping[str, str]) -> str:
     """matplotlib's file as an element of a page: no prolog or namespaces, ids of its own, colours from the theme."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -310,7 +309,7 @@ def _inline(svg: str, name: str, title: str, look: Any) -> str:
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
     svg = re.sub(r"(font(?:-family)?: [^;\"]*?)'?DejaVu Sans'?[^;\"]*", r"\1var(--sans, sans-serif)", svg)
-    variables = {colour: key for key, colour in THEME.items()} | {style.light: f"m-{style.name}" for style in look}
+    variables = {colour: key for key, colour in THEME.items()} | dict(colours)
     for colour, variable in variables.items():
         svg = svg.replace(colour, f"var(--{variable}, {colour})")
     head = f'<svg role="img" aria-labelledby="{name}-title"'

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 from typing import Any
 
-Row = Mapping[str, Any]
+from squeezevit.report.rows import Row
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 NONE = "\N{EN DASH}"
@@ -153,7 +153,7 @@ def _below_random(budgets: Mapping[float, Sequence[Row]]) -> str:
     seen = False
     found: dict[str, list[str]] = {}
     for target, rows in budgets.items():
-        for random in (row for row in rows if row["method"] == "Random"):
+        for random in (row for row in rows if row["method"] == "random"):
             seen = True
             for row in rows:
                 if row is not random and _gap(random, row) > _gap_error(random, row):

@@ -16,7 +16,6 @@ from squeezevit.report.charts import accuracy_chart, cosine_chart, css_variables
 from squeezevit.report.findings import (
     NONE,
     TIMES,
-    Row,
     best_of,
     budget_words,
     by_budget,
@@ -27,6 +26,7 @@ from squeezevit.report.findings import (
     ties,
 )
 from squeezevit.report.overlay import Panel
+from squeezevit.report.rows import Row, current
 
 Picture = Image.Image | Sequence[Panel]
 
@@ -41,6 +41,7 @@ def write_report(results: Mapping[str, Any], figures: Mapping[str, Picture], pat
     A row whose timing or cosine is None is shown without it. Raises `MissingExtraError` without matplotlib.
     """
     path = Path(path)
+    results = {**results, "dense": current(results["dense"]), "rows": [current(row) for row in results["rows"]]}
     body = [
         _header(results),
         _section("What came out", _findings(results), wide=True),

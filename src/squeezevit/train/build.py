@@ -2,10 +2,9 @@
 
 import copy
 import dataclasses
-import difflib
+from pathlib import Path
 from typing import Any, cast
 
-import timm
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -13,14 +12,15 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from squeezevit.attach import restore_
+from squeezevit.budget.plan import like
 from squeezevit.checkpoint import load_checkpoint_, read_checkpoint, reduce_with_weights_
+from squeezevit.core.attach import restore_
+from squeezevit.core.cut import description_of
+from squeezevit.core.reducer import Reducer
+from squeezevit.data import models
 from squeezevit.errors import ConfigError
-from squeezevit.families import host_of
-from squeezevit.plan import tome_like_etps
-from squeezevit.reducer import Reducer
-from squeezevit.reducers import ToMe
-from squeezevit.reducers.names import check_method, staged
+from squeezevit.reducers.catalog import method
+from squeezevit.train import sums
 from squeezevit.train.config import Config, ModelConfig, OptimizerConfig, ReducerConfig
 
 _HEADS = "token_reducer."
@@ -28,6 +28,7 @@ _HEADS = "token_reducer."
 
 def build_model(config: Config, classes: int) -> tuple[nn.Module, Reducer]:
     """The reduced model with its starting weights, and the reducer. Raises ConfigError or CheckpointError where they do not fit."""
+    method(config.reducer.method)  # an unknown one is refused before a hub is asked
     net = create_model(config.model, classes)
     reducer = make_reducer(config.reducer, net)
     reduce_with_weights_(net, reducer, _weights(config.model, net), str(config.model.checkpoint))
@@ -59,45 +60,32 @@ def create_model(config: ModelConfig, classes: int) -> nn.Module:
         raise ConfigError(
             f"model.num_classes={config.num_classes}, but the data have {classes} classes; leave it out, or mend the class folders"
         )
-    if not timm.is_model(config.name.split(".")[0]):
-        family = f"{config.name.split('_')[0]}_*"
-        near = difflib.get_close_matches(config.name, timm.list_models(family) or timm.list_models(), 4, 0.3)
-        raise ConfigError(
-            f"model.name={config.name!r} is no model of timm {timm.__version__}; near it: {', '.join(near) or 'none'}"
-        )
     options: dict[str, Any] = {"num_classes": classes, **config.options}
     if config.image_size is not None:
         options["img_size"] = config.image_size
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
-    try:
-        return timm.create_model(config.name, pretrained=config.pretrained, **options)
-    except Exception as error:  # whatever a constructor or the model hub stumbles over
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        remedy = "; or give a file as model.checkpoint" if config.pretrained else ""
-        raise ConfigError(f"timm cannot build {config.name} with {options} ({first}); choose other values{remedy}") from error
+    return models.create_model(config.name, config.pretrained, options, "model.name")
 
 
 def make_reducer(config: ReducerConfig, model: nn.Module) -> Reducer:
     """The configured reducer. Raises ConfigError for an unknown method, keep ratio or option."""
-    name = check_method(config.method)
-    if name == "tome":
-        reducer = ToMe() if "r" in config.options else tome_like_etps(model, config.keep, config.at)
-    else:
-        reducer = staged(name, config.keep, config.at)
+    reducer = like(model, config.method, config.keep, config.at)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
     try:
         return dataclasses.replace(reducer, **values)
     except TypeError as error:
         known = ", ".join(vars(reducer)) or "none"
-        raise ConfigError(f"reducer.options={config.options} do not fit {name} ({error}); its fields are {known}") from error
+        raise ConfigError(
+            f"reducer.options={config.options} do not fit {config.method} ({error}); its fields are {known}"
+        ) from error
 
 
 def freeze_(model: nn.Module, blocks: int) -> None:
     """Fix the embeddings and the first blocks. Raises ConfigError where the model has no more blocks than that."""
     if not blocks:
         return
-    depth = len(host_of(model).blocks)
+    depth = len(description_of(model).blocks)
     if blocks >= depth:
         raise ConfigError(f"freeze={blocks} leaves nothing to train of {depth} blocks; give at most {depth - 1}")
     timm_model: Any = model
@@ -150,6 +138,7 @@ def _weights(config: ModelConfig, model: nn.Module) -> dict[str, Tensor] | None:
     """The checkpoint's weights, with the model's own classifier where a new one is asked for."""
     if config.checkpoint is None:
         return None
+    sums.check(Path(config.checkpoint))
     weights = read_checkpoint(config.checkpoint)
     if config.new_head:
         own, timm_model = model.state_dict(), cast(Any, model)

@@ -1,16 +1,24 @@
 """One typed configuration of a training run: YAML in and out, every field checked, errors that name the nearest field."""
 
 import difflib
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
+from squeezevit.data.folder import printable
 from squeezevit.errors import ConfigError, MissingExtraError
 from squeezevit.train.objective import LossWeights
+
+LARGEST = 2**63  # whole numbers stay below it
+SHORT = 60  # characters of a value that an error quotes
+_DEEPEST, _MOST = 16, 10_000  # levels and values of a recipe
+_IN_EPOCHS = ("schedule.warmup_epochs", "reducer.anneal_epochs")
+logger = logging.getLogger(__name__)
 
 
 class Limits(NamedTuple):
@@ -40,12 +48,17 @@ Index = Annotated[int, Limits()]
 class ModelConfig:
     """A timm model and its starting weights."""
 
-    name: str = "deit_small_patch16_224"
-    pretrained: bool = False  # fetch timm's weights
-    checkpoint: str | None = None  # or a file: timm's, ours, or the authors'
+    name: str = field(default="deit_small_patch16_224", metadata={"help": "A model of timm, such as deit_small_patch16_224."})
+    pretrained: bool = field(default=False, metadata={"help": "timm's weights, fetched from the hub."})
+    checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Weights from a file: timm's, our own (.safetensors), or the authors' of TPS and DynamicViT."},
+    )
     new_head: bool = False  # leave that file's classifier out
     num_classes: Count | None = None  # None: as many as the data have
-    image_size: Count | None = None  # None: the model's own
+    image_size: Annotated[int, Limits(1, 8192)] | None = field(
+        default=None, metadata={"help": "Pixels a side.", "unset": "the model's own"}
+    )
     drop_path: Share = 0.0
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
 
@@ -54,9 +67,17 @@ class ModelConfig:
 class ReducerConfig:
     """How tokens are reduced. ToMe gets the r that costs what eTPS costs at this keep ratio, unless options say r."""
 
-    method: str = "etps"
-    keep: float | tuple[float, ...] = 0.7
-    at: tuple[int, ...] | None = None
+    method: str = field(default="etps", metadata={"help": "How tokens are reduced."})
+    keep: float | tuple[float, ...] = field(
+        default=0.7,
+        metadata={
+            "help": "Ratio of tokens kept at each stage, 0.7, or one per stage, 0.7,0.6,0.5. ToMe gets the r that costs the same."
+        },
+    )
+    at: tuple[int, ...] | None = field(
+        default=None,
+        metadata={"help": "Stages: 0-based block indices, as 3,6,9.", "unset": "one quarter, half and three quarters of the depth"},
+    )
     anneal_epochs: Amount = 0.0  # over which the keep ratio falls from 1
     options: dict[str, Any] = field(default_factory=dict)  # further fields of the reducer, as train: topk
 
@@ -65,8 +86,12 @@ class ReducerConfig:
 class DataConfig:
     """FOLDER/train/<class>/* and FOLDER/val/<class>/*, or FOLDER/train.csv and FOLDER/val.csv with columns path,label."""
 
-    folder: str | None = None
-    workers: Index | None = None  # reading processes; None: half the cores, at most 8
+    folder: str | None = field(
+        default=None, metadata={"help": "FOLDER with train/<class>/* and val/<class>/*, or train.csv and val.csv (path,label)."}
+    )
+    classes: str | None = None  # a file with one class name a line, in the order of the outputs; None: natural order
+    upright: bool = True  # photographs are turned as their EXIF data say
+    workers: Annotated[int, Limits(0, 256)] | None = None  # reading processes; None: half the cores, at most 8
     max_unreadable: Share = 0.01  # of all images; more of them end the run
 
 
@@ -83,7 +108,7 @@ class AugmentConfig:
     mixup: Amount = 0.0
     cutmix: Amount = 0.0
     smoothing: Share = 0.1
-    repeats: Count = 1  # repeated augmentation: versions of an image in one epoch, of as many fewer images
+    repeats: Annotated[int, Limits(1, 100)] = 1  # repeated augmentation: versions of an image in one epoch, of as many fewer images
 
 
 @dataclass(frozen=True)
@@ -135,15 +160,15 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     loss: LossWeights = field(default_factory=lambda: LossWeights(logits=0.0, tokens=0.0))  # both above 0: distillation
     teacher: ModelConfig | None = None  # None: the starting weights, unreduced
-    epochs: Count = 30
-    batch_size: Count = 64  # images an update, over all processes and accumulated parts
+    epochs: Count = field(default=30, metadata={"help": "Passes over the training images."})
+    batch_size: Count = field(default=64, metadata={"help": "Images an update, over all processes and accumulated parts."})
     accumulate: Count = 1  # parts a process computes its share of the batch in
     freeze: Index = 0  # the embeddings and this many blocks, where above 0
     checkpoint_activations: bool = False
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "fp32 as the weights are, or autocast."})
+    device: Literal["auto", "cpu", "cuda", "mps"] = field(default="auto", metadata={"help": "Where to compute."})
     seed: Index = 0
-    out: str = "train-out"
+    out: str = field(default="train-out", metadata={"help": "Folder for checkpoints and logs."})
     save_every: Count | None = None  # updates between checkpoints inside an epoch; there is always one after each
     tensorboard: bool = True
 
@@ -178,20 +203,16 @@ class Config:
 
 def load_config(source: str | Path | None = None, values: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Config:
     """A configuration from a shipped recipe's name or a YAML file, then values by dotted name (None: not given), then
-    settings such as "optimizer.lr=1e-4". Raises ConfigError on an unknown recipe, field or value.
+    settings such as "optimizer.lr=1e-4". Where fewer epochs are asked for than the recipe's warm-up or annealing take, these are
+    shortened in proportion, which is logged. Raises ConfigError on an unknown recipe, field or value.
 
     >>> load_config("dtps-deit-small", {"epochs": 10}, ["optimizer.lr=1e-4"]).optimizer.lr
     0.0001
     """
     tree = {} if source is None else _read(source)
-    for name, value in (values or {}).items():
-        if value is not None:
-            _assign(tree, name, value)
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {setting!r} has no value; write it as optimizer.lr=1e-4")
-        _assign(tree, name.strip(), _parse(text, f"--set {setting!r}"))
+    asked = [(name, value) for name, value in (values or {}).items() if value is not None] + [_setting(text) for text in settings]
+    for name, value in [*_shortened(tree, dict(asked)), *asked]:
+        _assign(tree, name, value)
     return cast(Config, _section(Config, tree, ""))
 
 
@@ -235,22 +256,82 @@ def _shipped() -> Any:
 
 
 def _read(source: str | Path) -> dict[str, Any]:
-    shipped = _shipped() / f"{source}.yaml"
-    file = shipped if shipped.is_file() else Path(source)
-    if not file.is_file():
-        raise ConfigError(f"{source} is neither a YAML file nor a recipe; recipes are {', '.join(recipes())}")
-    tree = _parse(file.read_text(encoding="utf-8"), str(source))
+    shown = printable(str(source))
+    try:
+        shipped = _shipped() / f"{source}.yaml"
+        file = shipped if shipped.is_file() else Path(source)
+        text = file.read_text(encoding="utf-8") if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{shown} cannot be read ({getattr(error, 'strerror', None) or error}); name a readable file") from error
+    if text is None:
+        raise ConfigError(f"{shown} is neither a YAML file nor a recipe; recipes are {', '.join(recipes())}")
+    tree = _parse(text, shown)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source} holds a {type(tree).__name__}, not names and values, as `epochs: 30`")
+        raise ConfigError(f"{shown} holds a {type(tree).__name__}, not names and values, as `epochs: 30`")
     return tree
 
 
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {quoted(text)} has no value; write it as optimizer.lr=1e-4")
+    return name.strip(), _parse(value, f"--set {quoted(text)}")
+
+
 def _parse(text: str, what: str) -> Any:
+    """Plain values from YAML. Raises ConfigError where it is none, or where it would grow without end."""
     yaml = _yaml()
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{what} is not YAML ({' '.join(str(error).split())})") from error
+        tree = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(f"{what} is nested too deep; {_DEEPEST} levels are enough for any configuration") from error
+    except Exception as error:  # PyYAML lets numbers, dates and tags that it cannot convert escape as whatever they caused
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"{what} is not YAML ({reason}); quote what is meant as text") from error
+    for count, (value, depth) in enumerate(_everything(tree)):
+        if depth > _DEEPEST or count > _MOST:
+            raise ConfigError(f"{what} is nested deeper than {_DEEPEST} levels, or has more than {_MOST:,} values; make it smaller")
+        if not isinstance(value, str | int | float | bool | list | dict | NoneType):
+            raise ConfigError(f"{what} holds a {type(value).__name__}, {quoted(value)}; quote it if it is meant as text")
+    return tree
+
+
+def _everything(tree: Any) -> Iterator[tuple[Any, int]]:
+    """All values in a tree with their depth, without recursion, as references may make it endless."""
+    left = [(tree, 0)]
+    while left:
+        value, depth = left.pop()
+        yield value, depth
+        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left.extend((item, depth + 1) for item in inner)
+
+
+def _shortened(tree: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """A recipe's warm-up and annealing in proportion to the epochs asked for, where they do not fit into these."""
+    before, now = tree.get("epochs", Config.epochs), asked.get("epochs")
+    own = {
+        name: tree[section][last]
+        for name, (section, last) in ((name, name.split(".")) for name in _IN_EPOCHS)
+        if isinstance(tree.get(section), dict) and last in tree[section] and not {name, section} & asked.keys()
+    }
+    numbers = [value for value in (before, now, *own.values()) if type(value) in (int, float)]
+    if now is None or len(numbers) < 2 + len(own) or min(numbers[:2]) <= 0 or now >= max(own.values(), default=0):
+        return []
+    shorter = [(name, round(value * now / before, 4)) for name, value in own.items() if value]
+    changes = ", ".join(f"{name}={value:g} (of {own[name]:g})" for name, value in shorter)
+    logger.warning("epochs=%s instead of the recipe's %s: shortened in proportion to %s", now, before, changes)
+    return shorter
+
+
+def quoted(value: Any) -> str:
+    """A value as an error shows it: its `repr`, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = "a number of thousands of digits"
+    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
 
 
 def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
@@ -276,11 +357,12 @@ def _hints(cls: Any) -> dict[str, Any]:
 def _section(cls: Any, value: Any, path: str) -> Any:
     """A dataclass from a mapping, its fields checked and converted."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{path.rstrip('.')}={value!r} is a section; give its fields, {', '.join(_hints(cls))}")
+        raise ConfigError(f"{path.rstrip('.')}={quoted(value)} is a section; give its fields, {', '.join(_hints(cls))}")
     hints = _hints(cls)
     for name in value:
         if name not in hints:
-            raise ConfigError(f"{path}{name} is no field of a configuration; {_near(f'{path}{name}', path, list(hints))}")
+            shown = f"{path}{quoted(str(name)).strip(chr(39))}"
+            raise ConfigError(f"{shown} is no field of a configuration; {_near(shown, path, list(hints))}")
     return cls(**{name: _checked(hints[name], v, f"{path}{name}") for name, v in value.items()})
 
 
@@ -309,8 +391,9 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
         return _checked(sections[0], value, path)
     try:
         return _convert(hint, value)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}={value!r} cannot be used; give {_allowed(hint)}") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        most = f", below {LARGEST:,}" if isinstance(value, int) and abs(value) >= LARGEST else ""
+        raise ConfigError(f"{path}={quoted(value)} cannot be used; give {_allowed(hint)}{most}") from error
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -330,8 +413,9 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint is float:
         number = float(_require(not isinstance(value, bool), value))
         return _require(math.isfinite(number), number)
-    if hint is int and isinstance(value, str):
-        return int(value)
+    if hint is int:
+        number = int(value) if isinstance(value, str) else value
+        return _require(isinstance(number, int) and not isinstance(number, bool) and abs(number) < LARGEST, number)
     return _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), value)
 
 
@@ -340,7 +424,7 @@ def _first(hints: Sequence[Any], value: Any) -> Any:
     for hint in hints[:-1]:
         try:
             return _convert(hint, value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             continue
     return _convert(hints[-1], value)
 

@@ -5,9 +5,12 @@ what was read before.
 """
 
 import csv
+import hashlib
 import math
+import os
 import random
 import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,10 +23,11 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from squeezevit.data.folder import ImageFolder, data_config
+from squeezevit.data.folder import ImageFolder, data_config, given_classes, natural_order, printable, read
 from squeezevit.errors import DataError
 from squeezevit.train.config import AugmentConfig
 
+READERS_REMEDY = "with data.workers=0, or more memory, --resume goes on from the last checkpoint"
 TRIES = 64  # neighbours asked in turn for an image that cannot be read
 
 
@@ -35,7 +39,9 @@ class Item(NamedTuple):
     failed: list[tuple[str, str]]
 
 
-class Batch(NamedTuple):
+class Part(NamedTuple):
+    """The images of one process in one of the parts that an update is computed in."""
+
     images: Tensor  # [b, 3, H, W], zeros where there is none
     labels: Tensor  # [b], -1 where there is no image
     failed: list[tuple[str, str]]
@@ -56,14 +62,16 @@ class Split(NamedTuple):
 
 
 class CsvImages(ImageFolder):
-    """Images named by a table with the columns path (relative to it) and label. Classes are the sorted labels of training.
+    """Images named by a table with the columns path (relative to it) and label. Classes are the labels of training in natural
+    order, unless they are given.
 
     Raises DataError, quoting the line, for missing columns, empty labels, and labels outside `classes`.
     """
 
-    def __init__(self, table: Path, classes: Sequence[str] | None = None) -> None:
-        self.folder, rows = table, _rows(table)
-        self.classes = list(classes or sorted({label for _, _, label in rows}, key=_by_number))
+    def __init__(self, table: Path, classes: str | Path | Sequence[str] | None = None, upright: bool = True) -> None:
+        self.folder, self.upright, self.numbered, self.unread = table, upright, classes is not None, Counter()
+        rows = _rows(table)
+        self.classes = natural_order({label for _, _, label in rows}) if classes is None else given_classes(classes)
         known = {name: i for i, name in enumerate(self.classes)}
         for line, _, label in rows:
             if label not in known:
@@ -85,7 +93,7 @@ class TrainImages(Dataset[Item]):
             sample = self.source[(index + step) % len(self.source)]
             if sample.image is not None:
                 return Item(sample.image, sample.label, failed)
-            failed.append((self.source.samples[sample.index][0], str(sample.reason)))
+            failed.append((printable(self.source.samples[sample.index][0]), str(sample.reason)))
         return Item(None, -1, failed)
 
 
@@ -100,18 +108,23 @@ class ValImages(Dataset[Item]):
             return Item(None, -1, [])
         sample = self.source[index]
         if sample.image is None:
-            return Item(None, -1, [(self.source.samples[index][0], str(sample.reason))])
+            return Item(None, -1, [(printable(self.source.samples[index][0]), str(sample.reason))])
         return Item(sample.image, sample.label, [])
 
 
-def open_folder(root: str | Path) -> tuple[ImageFolder, ImageFolder]:
-    """The training and validation images of a folder, transforms still to be set. Raises DataError where they cannot be used."""
+def open_folder(
+    root: str | Path, classes: str | Path | Sequence[str] | None = None, upright: bool = True
+) -> tuple[ImageFolder, ImageFolder]:
+    """The training and validation images of a folder, transforms still to be set; `classes` and `upright` as `ImageFolder`.
+
+    Raises DataError where they cannot be used.
+    """
     root = Path(root)
     if (root / "train.csv").is_file():
-        train: ImageFolder = CsvImages(root / "train.csv")
-        val: ImageFolder = CsvImages(root / "val.csv", train.classes)
+        train: ImageFolder = CsvImages(root / "train.csv", classes, upright)
+        val: ImageFolder = CsvImages(root / "val.csv", train.classes, upright)
     elif (root / "train").is_dir():
-        train, val = (ImageFolder(root, _no_transform, split) for split in ("train", "val"))
+        train, val = (ImageFolder(root, _no_transform, split, classes, upright) for split in ("train", "val"))
     else:
         raise DataError(
             f"{root} has neither train/<class>/<image> nor train.csv; arrange it as {root.name}/train/<class>/<image> and "
@@ -119,6 +132,15 @@ def open_folder(root: str | Path) -> tuple[ImageFolder, ImageFolder]:
         )
     _check_classes(train, val)
     return train, val
+
+
+def listing(images: ImageFolder) -> str:
+    """A digest of names and labels, by which another set of images, or another order of them, is told."""
+    root = images.folder if images.folder.is_dir() else images.folder.parent
+    digest, prefix = hashlib.sha256(), f"{root}{os.sep}"
+    for path, label in images.samples:
+        digest.update(os.fsencode(path.removeprefix(prefix)) + b"\0%d\n" % label)
+    return digest.hexdigest()
 
 
 def train_transform(model: nn.Module, config: AugmentConfig, image_size: int | None) -> Any:
@@ -132,9 +154,7 @@ def train_transform(model: nn.Module, config: AugmentConfig, image_size: int | N
     )  # fmt: skip
 
 
-def train_batches(
-    images: TrainImages, size: tuple[int, int], split: Split, epoch: int, repeats: int, start: int
-) -> Iterator[Batch]:
+def train_batches(images: TrainImages, size: tuple[int, int], split: Split, epoch: int, repeats: int, start: int) -> Iterator[Part]:
     """This process's parts of the epoch's updates from number `start` on; a last incomplete update is left out.
 
     Raises DataError where `TRIES` neighbouring images in a row cannot be read.
@@ -145,19 +165,20 @@ def train_batches(
         [(epoch, p, order[p]) for p in range(first + split.rank, first + part, split.processes)]
         for first in range(start * split.whole, len(order) // split.whole * split.whole, part)
     )
-    for batch in _loader(images, keys, size, split.workers):
+    for batch in read(_loader(images, keys, size, split.workers), images.source.folder, READERS_REMEDY):
         if (batch.labels < 0).any():
             path, reason = batch.failed[-1]
             raise DataError(f"{len(batch.failed)} images up to {path} cannot be read ({reason}): replace or remove them")
         yield batch
 
 
-def val_batches(images: ValImages, size: tuple[int, int], split: Split) -> DataLoader[Batch]:
+def val_batches(images: ValImages, size: tuple[int, int], split: Split) -> Iterator[Part]:
     """This process's share of all images, padded to as many whole batches as any other process has."""
     n = len(images.source)
     whole = split.batch * split.processes
     indices = [i if i < n else -1 for i in range(split.rank, math.ceil(n / whole) * whole, split.processes)]
-    return _loader(images, [indices[i : i + split.batch] for i in range(0, len(indices), split.batch)], size, split.workers)
+    keys = [indices[i : i + split.batch] for i in range(0, len(indices), split.batch)]
+    return read(_loader(images, keys, size, split.workers), images.source.folder, READERS_REMEDY)
 
 
 def epoch_length(n: int, repeats: int) -> int:
@@ -173,7 +194,7 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(states[2]))
 
 
-def _loader(images: Any, keys: Iterable[list[Any]], size: tuple[int, int], workers: int) -> DataLoader[Batch]:
+def _loader(images: Any, keys: Iterable[list[Any]], size: tuple[int, int], workers: int) -> DataLoader[Part]:
     return DataLoader(
         images,  # a dataset of items, which `_collate` makes batches of
         batch_sampler=keys,
@@ -185,10 +206,10 @@ def _loader(images: Any, keys: Iterable[list[Any]], size: tuple[int, int], worke
     )
 
 
-def _collate(size: tuple[int, int], items: list[Item]) -> Batch:
+def _collate(size: tuple[int, int], items: list[Item]) -> Part:
     nothing = torch.zeros(3, *size)
     images = torch.stack([nothing if item.image is None else item.image for item in items])
-    return Batch(images, torch.tensor([item.label for item in items]), [f for item in items for f in item.failed])
+    return Part(images, torch.tensor([item.label for item in items]), [f for item in items for f in item.failed])
 
 
 def _ignore_signals(worker: int) -> None:
@@ -220,7 +241,7 @@ def _rows(table: Path) -> list[tuple[int, str, str]]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows = [(reader.line_num, (r.get("path") or "").strip(), (r.get("label") or "").strip()) for r in reader]
+            rows = [(reader.line_num, (r.get("path") or "").strip(), printable((r.get("label") or "").strip())) for r in reader]
             columns = reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table} cannot be read ({error}); write a UTF-8 table with the columns path,label") from error
@@ -234,17 +255,13 @@ def _rows(table: Path) -> list[tuple[int, str, str]]:
     return rows
 
 
-def _by_number(label: str) -> tuple[int, str]:
-    return (int(label), "") if label.isdecimal() else (-1, label)
-
-
 def _check_classes(train: ImageFolder, val: ImageFolder) -> None:
     if len(train.classes) < 2:
         raise DataError(f"{train.folder} has the single class {train.classes[0]!r}; a classifier needs two or more")
     full = {label for _, label in train.samples}
     empty = [name for i, name in enumerate(train.classes) if i not in full]
     if empty:
-        raise DataError(f"{train.folder}: no image of {', '.join(empty[:5])}; add some, or remove the folders")
+        raise DataError(f"{train.folder}: no image of {', '.join(empty[:5])}; add some, or leave these classes out")
     odd = sorted(set(train.classes) ^ set(val.classes))
     if odd:
         raise DataError(

@@ -5,6 +5,7 @@ generator's state is saved. Everything is reduced over the processes of `acceler
 """
 
 import copy
+import logging
 import math
 import os
 import signal
@@ -12,16 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from squeezevit.errors import ConfigError, DataError, MissingExtraError, TrainingError
+from squeezevit.errors import CheckpointError, ConfigError, DataError, MissingExtraError, SqueezeViTError, TrainingError
 
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -34,21 +36,24 @@ try:
 except ImportError as missing:
     raise MissingExtraError(f'training needs {missing.name}: run `pip install "squeezevit[train]"`') from missing
 
-from squeezevit.attach import restore_, retune_
 from squeezevit.checkpoint import load_checkpoint_, save_checkpoint
-from squeezevit.data.folder import data_config, eval_transform, half_the_cores
-from squeezevit.modes import evaluation_mode
+from squeezevit.core.attach import restore_, retune_
+from squeezevit.core.running import evaluation_mode
+from squeezevit.data.folder import data_config, eval_transform, given_classes, half_the_cores, natural_order, reading
 from squeezevit.train import build, checkpoints, data, log, sharding
-from squeezevit.train.anneal import annealed
 from squeezevit.train.config import AugmentConfig, Config, differences, to_dict, to_yaml
 from squeezevit.train.objective import Objective, unwrapped
 
 FREE = ("out", "device", "data.workers", "save_every", "tensorboard")  # what a resumed run may change
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_BEFORE = {"classes": None, "upright": False}  # of the data, as runs had it whose checkpoints do not say
+_NEEDED = {"config", "data", "optimizer", "scaler", "epoch", "update", "best", "rows", "sums", "seconds", "unreadable"}
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # how launchers say how many they started
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Progress:
+class Update:
     """What a run reports after each update; `row` after each epoch, with the columns of log.csv."""
 
     epoch: int  # 0-based
@@ -71,23 +76,26 @@ class Result(NamedTuple):
     main: bool  # whether this is the first of several processes
 
 
-def train(config: Config, resume: bool = False, progress: Callable[[Progress], None] | None = None) -> Result:
+def train(config: Config, resume: bool = False, progress: Callable[[Update], None] | None = None) -> Result:
     """Fine-tune as configured, into the folder `config.out`; see docs/training.md for what lies there.
 
     SIGTERM and SIGINT write a checkpoint after the current update and end the run. With `resume` it goes on from there, on a CPU
     to the same bits as without the interruption; where `out` is still empty it begins. Seeds the global random generators.
     Raises ConfigError, DataError and CheckpointError before the first update where configuration, data and checkpoint do not fit,
+    files of the checkpoint are not as they were written, or another run is using `out`; DataError where a reading process dies;
     TrainingError where the loss is not finite or a checkpoint cannot be written; the last good checkpoint then stays.
 
     >>> train(load_config("finetune-small", {"data.folder": "photos"}))  # doctest: +SKIP
     """
-    with _accelerator(config) as accelerator, _Signals() as signals:
+    died = reading(str(config.data.folder), data.READERS_REMEDY)
+    with died, _accelerator(config) as accelerator, _Signals() as signals:
         run = _Run(config, accelerator, signals, progress if accelerator.is_main_process else None)
         try:
-            run.start(resume)
-            run.run()
+            with _connected(accelerator.num_processes):
+                run.start(resume)
+                run.run()
         finally:
-            run.board.close()
+            run.close()
         return Result(run.rows, run.best, run.stopped, accelerator.is_main_process)
 
 
@@ -120,7 +128,7 @@ class _Run:
     """One run's model, optimiser and place in the schedule."""
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, signals: _Signals, progress: Callable[[Progress], None] | None
+        self, config: Config, accelerator: Accelerator, signals: _Signals, progress: Callable[[Update], None] | None
     ) -> None:
         self.config, self.accelerator, self.signals, self.progress = config, accelerator, signals, progress
         self.out = Path(config.out)
@@ -132,12 +140,17 @@ class _Run:
         self.unreadable: dict[str, str] = {}
         self.stopped: int | None = None
         self.board = log.Board(None, 0)
+        self.lock: IO[str] | None = None
 
     def start(self, resume: bool) -> None:
-        config, accelerator = self.config, self.accelerator
+        accelerator = self.accelerator
+        if self.out.is_dir():
+            self._on_main(self._hold)
         last = self._previous(resume)
+        state = None if last is None else self._read(last)
+        config = self.config
         data.seed_everything(config.seed)
-        self._open_data()
+        self._open_data(last, state)
         net, self.reducer = build.build_model(config, self.classes)
         self._set_transforms(net)
         self.teacher = build.build_teacher(config, net, self.classes)
@@ -151,14 +164,15 @@ class _Run:
         build.freeze_(net, config.freeze)
         if config.checkpoint_activations:
             cast(Any, net).set_grad_checkpointing(True)
-        state = None if last is None else self._load(last, net)
+        if last is not None and state is not None:
+            self._load(last, state, net)
         self.model = net
         self.sharded = sharding.wanted() and accelerator.distributed_type != DistributedType.NO
         if self.sharded:
             sharding.shard_([*self.saved.values(), self.dense], accelerator)
         optimizer = build.make_optimizer(net, config.optimizer)
         if state is not None:
-            optimizer.load_state_dict(sharding.cut(state["optimizer"], optimizer))
+            _load_optimizer(optimizer, state["optimizer"], f"{last}/state.pt")
         self.schedule = build.make_schedule(optimizer, config, self.updates)
         self.schedule.step_update(self.done)
         if not self.sharded:
@@ -167,8 +181,13 @@ class _Run:
         if state is not None and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            self._begin_folder()
+        self._on_main(lambda: self._begin_folder(last))
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self.board.close()
+        if self.lock is not None:
+            self.lock.close()
 
     def run(self) -> None:
         try:
@@ -199,11 +218,45 @@ class _Run:
             raise ConfigError(f"out={self.config.out} holds a run already; continue it with --resume, or choose another folder")
         return last
 
-    def _open_data(self) -> None:
+    def _read(self, last: Path) -> dict[str, Any]:
+        """The state of a checkpoint that is whole and of this configuration; what it does not tell stays as it was then."""
+        state = checkpoints.read_state(last)
+        if missing := sorted(_NEEDED - state.keys()):
+            raise CheckpointError(f"{last}/state.pt lacks {', '.join(missing)}; begin a new run in another folder")
+        if self.config.data.upright and not state["config"]["data"].get("upright", _BEFORE["upright"]):
+            if self.accelerator.is_main_process:
+                logger.warning("%s was trained on photographs as they are stored, and goes on so: data.upright=false", last)
+            self.config = replace(self.config, data=replace(self.config.data, upright=False))
+        old = {**state["config"], "data": {**_BEFORE, **state["config"]["data"]}}
+        changed = [d for d in differences(old, to_dict(self.config)) if d.split(" ")[0] not in FREE]
+        if changed:
+            raise ConfigError(
+                f"{last} was trained with another configuration: {', '.join(changed)}; resume with the old values, or begin a new "
+                f"run in another folder from model.checkpoint={last / 'model.safetensors'}"
+            )
+        return state
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Do something in the first process only; what it raises of ours all processes raise, so that none waits for ever."""
+        error: SqueezeViTError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except SqueezeViTError as raised:
+                error = raised
+        first: SqueezeViTError | None = next(filter(None, gather_object([error])), None)
+        if first is not None:
+            raise first
+
+    def _hold(self) -> None:
+        try:
+            self.lock = checkpoints.hold(self.out)
+        except OSError as error:
+            raise _unwritable(self.out, error) from error
+
+    def _open_data(self, last: Path | None, state: dict[str, Any] | None) -> None:
         config, processes = self.config, self.accelerator.num_processes
-        if config.data.folder is None:
-            raise ConfigError("data.folder is not given; point to a folder of images with --data")
-        train, val = data.open_folder(config.data.folder)
+        train, val = self._open_folder(last, state)
         self.classes = len(train.classes)
         parts = processes * config.accumulate
         if config.batch_size % parts:
@@ -221,6 +274,41 @@ class _Run:
             raise ConfigError(f"batch_size={config.batch_size} is more than the {len(train)} training images; give a smaller one")
         self.train_images, self.val_images = data.TrainImages(train, config.seed), data.ValImages(val)
         self.names = train.classes
+        if state is not None:
+            self._require_same_data(last, state)
+
+    def _open_folder(self, last: Path | None, state: dict[str, Any] | None) -> tuple[data.ImageFolder, data.ImageFolder]:
+        """Images with the classes numbered as in the state, where there is one; DataError where they are others."""
+        wanted, main = self.config.data, self.accelerator.is_main_process
+        if wanted.folder is None:
+            raise ConfigError("data.folder is not given; point to a folder of images with --data")
+        train, val = data.open_folder(wanted.folder, wanted.classes, wanted.upright)
+        names = None if state is None else state.get("classes") or self._written_classes()
+        if names is not None and {*names} != {*train.classes}:
+            gone, new = (natural_order(set(a) - set(b)) for a, b in ((names, train.classes), (train.classes, names)))
+            raise DataError(
+                f"the classes of {wanted.folder} are not those {last} was trained on: {', '.join(gone[:5]) or 'none'} gone, "
+                f"{', '.join(new[:5]) or 'none'} new; give the folders their old names back, or begin a new run in another folder"
+            )
+        if names is not None and names != train.classes:
+            train, val = data.open_folder(wanted.folder, names, wanted.upright)
+        if main:
+            train.warn()
+        return train, val
+
+    def _written_classes(self) -> list[str] | None:
+        """Of a run whose states did not name them yet."""
+        file = self.out / "classes.txt"
+        return given_classes(file) if file.is_file() else None
+
+    def _require_same_data(self, last: Path | None, state: dict[str, Any]) -> None:
+        facts = self._data_facts()
+        other = [name for name, value in state["data"].items() if facts.get(name) != value]
+        if other:
+            raise DataError(
+                f"{self.config.data.folder} is not what {last} was trained on: {state['data']}, now {facts}; put the images back "
+                "as they were, or begin a new run in another folder"
+            )
 
     def _set_transforms(self, net: nn.Module) -> None:
         size = self.config.model.image_size
@@ -243,37 +331,34 @@ class _Run:
         with self.accelerator.autocast():
             self.objective(net, *self._targets(images, torch.tensor([0, 1], device=images.device)))
 
-    def _load(self, last: Path, net: nn.Module) -> dict[str, Any]:
-        state = checkpoints.load_state(last / "state.pt")
-        changed = [d for d in differences(state["config"], to_dict(self.config)) if d.split(" ")[0] not in FREE]
-        if changed:
-            raise ConfigError(
-                f"{last} was trained with another configuration: {', '.join(changed)}; resume with the old values, or begin a new "
-                f"run in another folder from model.checkpoint={last / 'model.safetensors'}"
-            )
-        if state["data"] != self._data_facts():
-            raise DataError(
-                f"{self.config.data.folder} is not what {last} was trained on: {state['data']}, now {self._data_facts()}"
-            )
+    def _load(self, last: Path, state: dict[str, Any], net: nn.Module) -> None:
         load_checkpoint_(net, last / "model.safetensors")
         if self.ema is not None:
             load_checkpoint_(self.ema.module, last / "ema.safetensors")
         self.epoch, self.update, self.best, self.rows = state["epoch"], state["update"], state["best"], state["rows"]
         self.sums, self.seconds, self.unreadable = state["sums"], state["seconds"], state["unreadable"]
-        return state
 
     def _data_facts(self) -> dict[str, Any]:
-        return {"train": len(self.train_images.source), "val": len(self.val_images.source), "classes": len(self.names)}
+        train, val = self.train_images.source, self.val_images.source
+        listings = {f"{name}_list": data.listing(images)[:16] for name, images in (("train", train), ("val", val))}
+        return {"train": len(train), "val": len(val), "classes": len(self.names), **listings}
 
-    def _begin_folder(self) -> None:
+    def _begin_folder(self, last: Path | None) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            if self.lock is None:
+                self._hold()
+            if checkpoints.find_folder(self.out / "last") != last:
+                raise ConfigError(f"out={self.config.out} got a run while this one was built; choose another folder")
+            for name in ("best", "last"):
+                checkpoints.tidy(self.out / name)
             checkpoints.write_file(self.out / "config.yaml", to_yaml(self.config))
             checkpoints.write_file(self.out / "classes.txt", "".join(f"{name}\n" for name in self.names))
             log.write_log(self.out, self.rows)
+            log.write_unreadable(self.out, self.unreadable)
             self.board = log.Board(self.out / "tensorboard" if self.config.tensorboard else None, self.done)
         except OSError as error:
-            raise ConfigError(f"out={self.out} cannot be written ({error.strerror}); choose a folder of your own") from error
+            raise _unwritable(self.out, error) from error
 
     def _train_epoch(self) -> None:
         images, repeats = self.train_images, self.config.augment.repeats
@@ -295,7 +380,7 @@ class _Run:
             if self.config.save_every and self.update % self.config.save_every == 0 and self.update < self.updates:
                 self._save("last")
 
-    def _step(self, parts: list[data.Batch]) -> tuple[dict[str, float], float, bool]:
+    def _step(self, parts: list[data.Part]) -> tuple[dict[str, float], float, bool]:
         """One update: means over all processes, unreadable images of a process so far, whether a signal came."""
         accelerator, config = self.accelerator, self.config
         self._retune()
@@ -344,7 +429,7 @@ class _Run:
         """Give the model the keep ratios of now, or the final ones."""
         updates = self.config.anneal_epochs * self.updates
         if updates:
-            retune_(self.net, self.reducer if final else annealed(self.reducer, min(self.done / updates, 1.0)))
+            retune_(self.net, self.reducer if final else self.reducer.annealed(min(self.done / updates, 1.0)))
 
     def _require_finite(self, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -414,10 +499,15 @@ class _Run:
             self.best = scores["top1"]
             self._save("best")
         self._save("last")
-        if self.accelerator.is_main_process:
+        self._on_main(self._write_logs)
+        self._check_unreadable(len(self.unreadable))
+
+    def _write_logs(self) -> None:
+        try:
             log.write_log(self.out, self.rows)
             log.write_unreadable(self.out, self.unreadable)
-        self._check_unreadable(len(self.unreadable))
+        except OSError as error:
+            raise checkpoints.failure(self.out / "log.csv", error, checkpoints.find_folder(self.out / "last")) from error
 
     def _rates(self) -> dict[str, float]:
         """Learning rates of the backbone and, where there are any, of the score heads."""
@@ -440,8 +530,7 @@ class _Run:
         main = self.accelerator.is_main_process
         weights = {file: sharding.whole(model.state_dict(), main) for file, model in self.saved.items()}
         optimizer = sharding.whole(self.optimizer.state_dict(), main) if name == "last" else None
-        if main:
-            checkpoints.write_folder(self.out / name, lambda folder: self._fill(folder, weights, optimizer))
+        self._on_main(lambda: checkpoints.write_folder(self.out / name, lambda folder: self._fill(folder, weights, optimizer)))
 
     def _fill(self, folder: Path, weights: dict[str, dict[str, Tensor]], optimizer: dict[str, Any] | None) -> None:
         for file, model in self.saved.items():
@@ -449,7 +538,7 @@ class _Run:
         if optimizer is not None:
             scaler = self.accelerator.scaler
             state = {
-                "config": to_dict(self.config), "data": self._data_facts(), "optimizer": optimizer,
+                "config": to_dict(self.config), "data": self._data_facts(), "classes": self.names, "optimizer": optimizer,
                 "scaler": None if scaler is None else scaler.state_dict(), "epoch": self.epoch, "update": self.update,
                 "best": self.best, "rows": self.rows, "sums": self.sums, "seconds": self.seconds, "unreadable": self.unreadable,
             }  # fmt: skip
@@ -461,13 +550,39 @@ class _Run:
         means = {name: total / self.update for name, total in self.sums.items()}
         per_update = self.seconds / self.update
         self.progress(
-            Progress(
+            Update(
                 self.epoch, self.config.epochs, self.update, self.updates,
                 {k: v for k, v in means.items() if not k.startswith("kept_")},
                 [v for k, v in means.items() if k.startswith("kept_")],
                 self.config.batch_size / per_update, (self.config.epochs * self.updates - self.done) * per_update, row,
             )
         )  # fmt: skip
+
+
+@contextmanager
+def _connected(processes: int) -> Iterator[None]:
+    """Say what it means that another process cannot be reached any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise TrainingError(
+            f"another of the {processes} processes of this run ended ({' '.join(str(error).split())[:150]}): what it said tells "
+            "why; then --resume goes on from the last checkpoint"
+        ) from error
+
+
+def _load_optimizer(optimizer: Optimizer, state: dict[str, Any], where: str) -> None:
+    try:
+        optimizer.load_state_dict(sharding.cut(state, optimizer))
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{where} has the state of another optimiser ({error}); begin a new run in another folder") from error
+
+
+def _unwritable(out: Path, error: OSError) -> ConfigError:
+    remedy = "make room, or choose another disk" if error.errno in checkpoints.FULL else "choose a folder of your own"
+    return ConfigError(f"out={out} cannot be written ({error.strerror}); {remedy}")
 
 
 def _mixes(config: AugmentConfig) -> bool:
@@ -478,19 +593,40 @@ def _mixes(config: AugmentConfig) -> bool:
 def _accelerator(config: Config) -> Iterator[Accelerator]:
     """Accelerate's view of the processes, left behind so that the next run in this process may have another."""
     sharding.wanted()  # refuses what it cannot do before accelerate prepares for it
-    unused = config.anneal_epochs > 0  # heads get no gradient while nothing is removed
-    accelerator = Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision=_MIXED[config.precision],
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
-    )
+    launched = max(int(os.environ.get(name) or 1) for name in _SIZES)
+    accelerator = _joined(config, launched)
     accelerator.gradient_accumulation_steps = 1  # whatever the launcher was told: `_step` does it
     try:
         if config.device not in ("auto", accelerator.device.type):
             raise ConfigError(f"device={config.device!r} is not there (found {accelerator.device.type}); choose auto or cpu")
+        if accelerator.num_processes != launched:
+            raise _apart(launched, config, f"{accelerator.num_processes} found on {accelerator.device.type}")
         if config.precision == "fp16" and accelerator.device.type != "cuda":
             raise ConfigError(f"precision='fp16' does not train on {accelerator.device.type}; choose bf16 or fp32")
         yield accelerator
     finally:
         accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _joined(config: Config, launched: int) -> Accelerator:
+    """accelerate looks for processes on a CPU only where it is told to use that, so "auto" is settled before."""
+    unused = config.anneal_epochs > 0  # heads get no gradient while nothing is removed
+    try:
+        return Accelerator(
+            cpu=config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available()),
+            mixed_precision=_MIXED[config.precision],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        )
+    except (RuntimeError, ValueError) as error:  # more processes than devices, addresses that nobody answers
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if launched == 1:
+            raise
+        raise _apart(launched, config, " ".join(str(error).split())[:150]) from error
+
+
+def _apart(launched: int, config: Config, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{launched} processes were launched, but with device={config.device} they do not find each other ({reason}); launch as "
+        "many as there are devices with torchrun, choose device=cpu, or launch one process"
+    )

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from squeezevit import losses
-from squeezevit.attach import state_of
+from squeezevit.core.attach import state_of
+from squeezevit.core.cut import description_of
+from squeezevit.core.reducer import Staged
+from squeezevit.core.running import evaluation_mode
+from squeezevit.core.trace import Trace
 from squeezevit.errors import ConfigError
-from squeezevit.families import host_of
-from squeezevit.modes import evaluation_mode
-from squeezevit.reducer import Staged
-from squeezevit.trace import Trace
+from squeezevit.train import losses
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Objective:
         with nullcontext() if already else evaluation_mode(self.teacher):
             features = self.teacher.forward_features(images)
             teacher_logits = self.teacher.forward_head(features)
-        teacher_tokens = features[:, host_of(self.teacher).prefix :]
+        teacher_tokens = features[:, description_of(self.teacher).prefix :]
         if teacher_logits.shape != logits.shape:
             raise ConfigError(
                 f"the teacher has {teacher_logits.shape[-1]} classes, the model {logits.shape[-1]}; give both the same"

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from squeezevit.core.cut import description_of
 from squeezevit.errors import ConfigError
-from squeezevit.families import host_of
 
 
 def wanted() -> bool:
@@ -50,7 +50,7 @@ def shard_(models: Iterable[nn.Module], accelerator: Accelerator) -> None:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     shard = partial(fully_shard, mesh=mesh, offload_policy=plugin.cpu_offload)
     for model in models:
-        for block in host_of(model).blocks:
+        for block in description_of(model).blocks:
             shard(block, reshard_after_forward=plugin.reshard_after_forward)
         shard(model, reshard_after_forward=False, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float32))
 

@@ -1,4 +1,4 @@
-"""What is supported, of which versions, and what is refused and why; needs no host library."""
+"""What is supported, of which versions, and what is refused and why; needs none of the libraries."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,15 @@ _RELATIVE = (
     "its relative-position bias has an entry for each pair of patches of the full grid, which is not gathered; a ViT with absolute "
     "or rotary positions can be reduced"
 )
-_GRID = "it lays its tokens out as a grid; reduce its encoder and give it the grid of sv.trace and scatter_back"
+_GRID = (
+    "it lays its tokens out as a grid, which reduced tokens do not fill; load its weights as {} instead, reduce that, and lay its "
+    "tokens out by sv.trace and scatter_back"
+)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A host library. Versions from `since` on and below `before` are tested; others may work, and warn."""
+    """A library. Versions from `since` on and below `before` are tested; others may work, and warn."""
 
     library: str  # as imported
     distribution: str  # as installed
@@ -91,12 +94,12 @@ TABLE = (
             "BeitModel": _RELATIVE,
             "Data2VecVisionModel": _RELATIVE,
             "SwinModel": _WINDOWS,
-            "ViTMAEForPreTraining": _GRID,
-            "ViTForMaskedImageModeling": _GRID,
-            "DeiTForMaskedImageModeling": _GRID,
-            "Dinov2Backbone": _GRID,
-            "Dinov2WithRegistersBackbone": _GRID,
-            "DINOv3ViTBackbone": _GRID,
+            "ViTMAEForPreTraining": _GRID.format("ViTMAEModel"),
+            "ViTForMaskedImageModeling": _GRID.format("ViTModel"),
+            "DeiTForMaskedImageModeling": _GRID.format("DeiTModel"),
+            "Dinov2Backbone": _GRID.format("Dinov2Model"),
+            "Dinov2WithRegistersBackbone": _GRID.format("Dinov2WithRegistersModel"),
+            "DINOv3ViTBackbone": _GRID.format("DINOv3ViTModel"),
         },
         "alone, under their own heads (classification, CLIPModel, SiglipModel) and inside vision-language models; sdpa and eager "
         "attention; SigLIP 2 of variable size without padding",
@@ -114,10 +117,10 @@ TABLE = (
 )
 
 
-def families() -> tuple[Family, ...]:
-    """The host libraries that SqueezeViT knows, installed or not.
+def listing() -> tuple[Family, ...]:
+    """The libraries that SqueezeViT knows, installed or not; `sv.families()`.
 
-    >>> [f.library for f in families()]
+    >>> [f.library for f in listing()]
     ['timm', 'transformers', 'torchvision', 'open_clip']
     """
     return TABLE

@@ -6,9 +6,9 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from squeezevit.attach import State, state_of
+from squeezevit.core.block import State, state_of
+from squeezevit.core.reducer import Reduction
 from squeezevit.errors import ConfigError
-from squeezevit.reducer import Reduction
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class StageTrace:
 
 
 class Trace:
-    """Records the last forward of a reduced model while its `with` block is open; readable afterwards.
+    """Records the last forward of a reduced model while its `with` block is open, in its own thread; readable afterwards.
 
     In masked training no token leaves: every stage has all tokens in `kept`, and what it decided is in `decisions`.
     """
@@ -41,16 +41,15 @@ class Trace:
     def __init__(self, model: nn.Module) -> None:
         self._state: State = state_of(model)
         self._records: dict[int, StageTrace] = {}
-        self._outer: Trace | None = None
         self.prefix = self._state.prefix
         self.tokens: Tensor | None = None  # [B, N_last, C], patch tokens after the final norm
 
     def __enter__(self) -> "Trace":
-        self._outer, self._state.trace = self._state.trace, self
+        self._state.forwards.open(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._state.trace = self._outer
+        self._state.forwards.close(self)
 
     def record(self, stage: int, block: int, n: int, r: Reduction) -> None:
         scores = None if r.scores is None else r.scores.detach()
@@ -106,22 +105,42 @@ class Trace:
             places = torch.where(places < 0, places, s.destinations(squeezed).gather(1, places.clamp(min=0)))
         return places
 
-    def scatter_back(self, tokens: Tensor, fill: float = 0.0) -> Tensor:
+    @property
+    def sizes(self) -> Tensor:
+        """How many original patches each final token stands for: [B, K_last] float32; dropped ones count nowhere."""
+        groups = self.groups
+        counts = torch.zeros(groups.shape[0], self.stages[-1].n_out + 1, device=groups.device)
+        return counts.scatter_add_(1, groups + 1, torch.ones_like(groups, dtype=counts.dtype))[:, 1:]
+
+    def scatter_back(self, tokens: Tensor, fill: float = 0.0, stage: int | None = None) -> Tensor:
         """The full grid again, for dense tasks: every patch holds its group's token, a dropped one holds `fill`.
 
-        Shapes: patch tokens without prefix [B, K_last, C] -> [B, N0, C]. Raises ConfigError where the count is another.
+        Shapes: patch tokens without prefix [B, K, C] -> [B, N0, C]. stage: the number of the stage that the tokens left, 0-based;
+        None: the last. Raises ConfigError where the count is another.
         """
         if not self._state.stages:
             return tokens
         if not self._records:
             raise ConfigError("nothing was traced; run the model inside `with sv.trace(model) as t:` before scatter_back")
-        expected = self.stages[-1].n_out
-        if tokens.dim() != 3 or tokens.shape[1] != expected:
-            raise ConfigError(
-                f"scatter_back takes the {expected} patch tokens that left the last stage, [B, {expected}, C], got "
-                f"{list(tokens.shape)}; leave out the {self.prefix} prefix tokens: tokens[:, {self.prefix}:]"
-            )
-        return spread(tokens, self.groups, fill)
+        counts = [s.n_out for s in self.stages]
+        number = len(counts) - 1 if stage is None else stage
+        groups = self.groups_after(number)
+        if tokens.dim() != 3 or tokens.shape[1] != counts[number]:
+            raise ConfigError(self._not_those(tokens, counts, number))
+        return spread(tokens, groups, fill)
+
+    def _not_those(self, tokens: Tensor, counts: list[int], number: int) -> str:
+        expected, found = counts[number], tokens.shape[1] if tokens.dim() == 3 else None
+        where = "the last stage" if number == len(counts) - 1 else f"stage {number}"
+        remedy = f"leave out the {self.prefix} prefix tokens: tokens[:, {self.prefix}:]"
+        if found in counts:
+            remedy = f"these left stage {counts.index(found)}: scatter_back(tokens, stage={counts.index(found)})"
+        elif found == self.stages[0].n:
+            remedy = "these are all of them, before any stage: they need no scattering back"
+        return (
+            f"scatter_back takes the {expected} patch tokens that left {where}, [B, {expected}, C], got "
+            f"{list(tokens.shape)}; {remedy}"
+        )
 
 
 def spread(tokens: Tensor, groups: Tensor, fill: float = 0.0) -> Tensor:
@@ -140,3 +159,26 @@ def trace(model: nn.Module) -> Trace:
     torch.Size([8, 196])
     """
     return Trace(model)
+
+
+def pool(tokens: Tensor, t: Trace) -> Tensor:
+    """The mean over an image's patches of a reduced model's tokens: each token counts as often as it has patches.
+
+    Shapes: patch tokens without prefix [B, K, C], and the trace of the forward they come from -> [B, C]. A plain mean counts a
+    token that stands for fifty patches as one. Patches dropped without a host do not count. Raises ConfigError where the count is
+    another.
+
+    >>> with trace(model) as t:  # doctest: +SKIP
+    ...     tokens = model.forward_features(images)[:, 1:]
+    >>> pool(tokens, t)  # doctest: +SKIP
+    """
+    if not t.stages:
+        return tokens.mean(dim=1)
+    sizes = t.sizes
+    if tokens.dim() != 3 or tokens.shape[:2] != sizes.shape:
+        raise ConfigError(
+            f"pool takes the {sizes.shape[1]} patch tokens that left the last stage, {[*sizes.shape, 'C']}, got "
+            f"{list(tokens.shape)}; leave out the {t.prefix} prefix tokens: tokens[:, {t.prefix}:]"
+        )
+    weights = sizes / sizes.sum(dim=1, keepdim=True)
+    return (tokens * weights[..., None].to(tokens.dtype)).sum(dim=1)

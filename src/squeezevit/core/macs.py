@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from squeezevit.core.cut import description_of
+from squeezevit.core.reducer import is_index
+from squeezevit.core.running import evaluation_mode, without_hooks
+from squeezevit.core.trace import Trace
 from squeezevit.errors import ConfigError
-from squeezevit.families import host_of
-from squeezevit.modes import evaluation_mode
-from squeezevit.reducer import is_index
-from squeezevit.trace import Trace
 
 
 def macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
@@ -58,23 +58,23 @@ class _ImagesAlone(nn.Module):
         self.model = model
         self.runs = [runs]  # not a second child
 
-    def forward(self, *inputs: torch.Tensor | None) -> object:
-        return self.runs[0](*inputs)
+    def forward(self, *inputs: torch.Tensor | None, **named: object) -> object:
+        return self.runs[0](*inputs, **named)
 
 
 def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) -> None:
-    host = host_of(model)
-    size = host.image_size if image_size is None else image_size
+    about = description_of(model)
+    size = about.image_size if image_size is None else image_size
     height, width = _height_width(size)
     name = type(model).__name__
-    model = _ImagesAlone(model, model if host.tower is None else host.tower)
+    model = _ImagesAlone(model, model if about.tower is None else about.tower)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    image = torch.empty(1, host.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
-    with torch.no_grad(), evaluation_mode(model):
+    image = torch.empty(1, about.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
+    with torch.no_grad(), evaluation_mode(model), without_hooks(model):
         try:
-            functional_call(model, shapes, host.given(image))
-        except (AssertionError, RuntimeError) as error:
+            functional_call(model, shapes, about.given(image), about.named(image))
+        except (AssertionError, RuntimeError, ValueError) as error:
             if any("quantized" in type(module).__module__ for module in model.modules()):
                 raise ConfigError(
                     f"the multiply-adds of this {name} cannot be counted, as some of its layers are quantised; "
@@ -82,7 +82,7 @@ def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) ->
                 ) from error
             raise ConfigError(
                 f"{name} does not run on images of {height} x {width} pixels ({error}); give the size "
-                f"that it was built for, {host.image_size}, or build it for another that its patches tile"
+                f"that it was built for, {about.image_size}, or build it for another that its patches tile"
             ) from error
 
 

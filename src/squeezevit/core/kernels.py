@@ -1,6 +1,6 @@
 """Match and fuse on a GPU: two Triton kernels that read tokens where they lie, with no copies and no R x K matrix in memory.
 
-Equations and letters as in `squeezevit.ops`, whose `match` and `fuse` remain the reference. Triton is imported when a squeeze
+Equations and letters as in `squeezevit.core.ops`, whose `match` and `fuse` remain the reference. Triton is imported when a squeeze
 first runs here, in `_compiled`; until then and without it everything else works.
 """
 
@@ -26,7 +26,7 @@ ROWS, HOSTS = 32, 64  # of a block; fixed, since a tuner that chooses anew may c
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether `squeeze` takes these tensors, here and now; where it does not, `squeezevit.ops` does.
+    """Whether `squeeze` takes these tensors, here and now; where it does not, `squeezevit.core.ops` does.
 
     Only where the environment says SQUEEZEVIT_TRITON=1: no GPU has run these kernels yet, so nobody gets them unasked. Never
     where gradients are needed, in tracing or export, or for other dtypes than float32, bfloat16 and float16.
@@ -115,7 +115,7 @@ def _compiled() -> tuple[Any, Any]:
     """Both kernels, which Triton compiles when they are first launched."""
     global tl
     if not INSTALLED:
-        raise MissingExtraError("squeezevit.kernels needs triton, which comes with torch for GPUs: pip install triton")
+        raise MissingExtraError("squeezevit.core.kernels needs triton, which comes with torch for GPUs: pip install triton")
     import triton
     import triton.language as tl
 

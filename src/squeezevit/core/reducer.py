@@ -1,11 +1,11 @@
 """The reducer protocol: what a method says (one frozen dataclass) and what it is given at a stage.
 
-A new method subclasses `Reducer` (or `Staged`, if it has keep ratios) and writes `reduce`; see examples/new_method.py.
+A new method subclasses `Reducer` (or `Staged`, if it has keep ratios) and writes `reduce`; `squeezevit.extend` says the rest.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import index
 from typing import ClassVar, Literal, NamedTuple, SupportsIndex, cast, get_args
@@ -14,22 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from squeezevit import kernels, ops
+from squeezevit.core import kernels, ops
+from squeezevit.core.evidence import Attention
 from squeezevit.errors import ConfigError
 
 Score = Literal["auto", "cls", "received"]
 EPS = 1e-9  # 0.55 * 100 is 55.00000000000001 in binary: counts are rounded as the decimals the user wrote
-
-
-class Attention(NamedTuple):
-    """What a family tells about one block's attention, for scoring."""
-
-    x: Tensor  # [B, T, C], what the projections are applied to
-    heads: int  # H
-    query: Callable[[int | None], Tensor]  # of the first n tokens, None = of all: [B, H, n, d], scaled, after any norm and rotation
-    key: Callable[[], Tensor]  # [B, H, T, d], after any norm and rotation
-    key_weight: Tensor | None = None  # [H*d, C] where keys are this plain linear map of x, else None
-    key_bias: Tensor | None = None  # [H*d], of that map
 
 
 class Carry(NamedTuple):
@@ -75,7 +65,7 @@ class Stage:
     class_token: bool
     carry: Carry
     attend: Callable[[], Attention]  # of the block this stage is in
-    head: nn.Module | None = None  # the stage's learned head
+    heads: nn.Module | None = None  # the learned heads of all stages
     training: bool = False
 
     @property
@@ -114,8 +104,8 @@ class Stage:
 
     def head_logits(self) -> Tensor:
         """The learned head's log-probabilities of keeping and of dropping each patch token: [B, N, 2], float32 or wider."""
-        assert self.head is not None
-        return ops.wide(self.head(self.tokens[:, self.prefix :], self.kept_so_far()))
+        assert self.heads is not None
+        return ops.wide(self.heads(self.tokens[:, self.prefix :], self.kept_so_far(), self.index))
 
     def kept_so_far(self) -> Tensor | None:
         """In masked training, which patch tokens earlier stages kept, [B, N] with gradient; None before the first."""
@@ -166,6 +156,37 @@ class Stage:
         return merged, own.scatter_add(1, hosts + self.prefix, weights)
 
 
+class Heads(nn.Module):
+    """One learned head for each stage, at `model.token_reducer`: keys `token_reducer.{stage}.*`.
+
+    A head takes patch tokens [B, N, C], and which of them earlier stages kept ([B, N], or None for all), and returns
+    log-probabilities of keeping and of dropping each, [B, N, 2]. Called as a whole, so that wrappers around the whole (PEFT's
+    `modules_to_save`) take part.
+    """
+
+    def __init__(self, heads: Iterable[nn.Module]) -> None:
+        super().__init__()
+        for stage, head in enumerate(heads):
+            self.add_module(str(stage), head)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, stage: int) -> nn.Module:
+        return cast(nn.Module, self._modules[str(stage)])
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+    def forward(self, tokens: Tensor, kept: Tensor | None, stage: int) -> Tensor:
+        return self[stage](tokens, kept)
+
+    def fits(self, other: "Heads") -> bool:
+        """Whether these have the same entries as others, so that they can stand in for them."""
+        mine, theirs = self.state_dict(), other.state_dict()
+        return type(self) is type(other) and {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+
+
 @dataclass(frozen=True)
 class Reducer:
     """What is done to the tokens, where, and how many stay. Subclasses are frozen dataclasses: intent, no state."""
@@ -209,6 +230,29 @@ class Reducer:
     def reduce(self, s: Stage) -> Reduction:
         """Reduce [B, P + N, C] to s.k reserved tokens; called only where s.k < N."""
         raise NotImplementedError
+
+    def heads(self, stages: int, dim: int) -> Heads | None:
+        """Fresh learned heads for tokens of `dim` channels; None where nothing is learned."""
+        return None
+
+    def at_strength(self, strength: float, patches: int, depth: int) -> "Reducer":
+        """The same reducer from a strength of 0, nothing goes, to 1, as much as it can, for so many patches and blocks.
+
+        What budgets are met by; cost falls as strength grows. Raises ConfigError where a method has no such setting.
+        """
+        raise ConfigError(f"{self} has no keep ratio to plan; give a reducer with one, as sv.ETPS, or write its at_strength")
+
+    def annealed(self, progress: float) -> "Reducer":
+        """The reducer at a share of the way into its training, 0 to 1; here always as it is."""
+        return self
+
+    def constant(self) -> object:
+        """All that `retune_` may not change: everything but ratios."""
+        return self.weighs, self.masks
+
+    def setting(self) -> str:
+        """What tells it from others of its kind, as a table has room for."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -255,6 +299,28 @@ class Staged(Reducer):
     def ratio(self, stage: int) -> float:
         return self.keep[stage] if isinstance(self.keep, tuple) else self.keep
 
+    def at_strength(self, strength: float, patches: int, depth: int) -> "Reducer":
+        return replace(self, keep=max(round(1 - strength, 4), 1e-4))
+
+    def annealed(self, progress: float) -> "Reducer":
+        """keep(t) = keep + (1 - keep) (1 + cos(pi t)) / 2, as EViT trains (Liang et al. 2022, section 4).
+
+        What samples its own counts (masked training of dTPS and DynamicViT) stays as it is.
+        """
+        left = still_left(progress)
+        if self.masks or not left:
+            return self
+        ratios = [k + (1 - k) * left for k in (self.keep if isinstance(self.keep, tuple) else (self.keep,))]
+        return replace(self, keep=tuple(ratios) if isinstance(self.keep, tuple) else ratios[0])
+
+    def constant(self) -> object:
+        return replace(self, keep=1.0, at=None)
+
+    def setting(self) -> str:
+        if isinstance(self.keep, tuple):
+            return "keep=" + ", ".join(f"{ratio:.2f}" for ratio in self.keep)
+        return f"keep={self.keep:.3f}"
+
     def targets(self, stages: int) -> list[float]:
         """The share of the original patch tokens that each of `stages` stages is to leave."""
         return [math.prod([self.ratio(i) for i in range(j + 1)]) for j in range(stages)]
@@ -262,6 +328,13 @@ class Staged(Reducer):
     def count(self, stage: int, n: int, n0: int) -> int:
         """K_j = ceil(keep_j * K_{j-1}), as EViT and eTPS; never 0."""
         return max(math.ceil(n * self.ratio(stage) - EPS), 1)
+
+
+def still_left(progress: float) -> float:
+    """What a cosine from 1 to 0 has left at a share of the way. Raises ConfigError where that is none."""
+    if not 0 <= progress <= 1:
+        raise ConfigError(f"progress={progress!r} is no share of the way; give a number from 0 to 1")
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def floor_of_first(reducer: Staged, stage: int, n: int, n0: int) -> int:

@@ -50,7 +50,7 @@ def received_attention(query: Tensor, keys: Tensor, bias: Tensor | None = None, 
     """The attention each token receives, mean over heads and over queries (a query counts `mass` times).
 
     Shapes: query (scaled) and keys [B, H, T, d], bias [B, 1, 1, T], mass [B, T] -> [B, T], float32; rows sum to 1.
-    One head at a time, so that no [B, H, T, T] tensor exists.
+    One head and one block of queries at a time, so that no [B, H, T, T] and, where T is large, no [B, T, T] tensor exists.
     """
     B, H, T, _ = keys.shape
     weight = keys.new_full((B, T), 1.0, dtype=torch.float32) if mass is None else mass.float()
@@ -58,9 +58,11 @@ def received_attention(query: Tensor, keys: Tensor, bias: Tensor | None = None, 
     received = torch.zeros_like(weight)
     with no_autocast(query):
         for h in range(H):
-            logits = query[:, h].float() @ keys[:, h].float().transpose(1, 2)  # (B, T, T)
-            logits = logits if bias is None else logits + bias[:, 0].float()
-            received = received + weight @ logits.softmax(dim=-1)
+            q, k = query[:, h].float(), keys[:, h].float().transpose(1, 2)
+            for first, end in _blocks(T, T):
+                logits = q[:, first:end] @ k  # (B, rows, T)
+                logits = logits if bias is None else logits + bias[:, 0].float()
+                received = received + weight[..., first:end] @ logits.softmax(dim=-1)
     return received.squeeze(1) / H
 
 
@@ -92,19 +94,41 @@ def uniqueness(x: Tensor, importance: Tensor) -> Tensor:
         order = importance.sort(dim=1, descending=True, stable=True).indices
     with no_autocast(x):
         a = take(F.normalize(wide(x), dim=-1), order)  # so that those that count are those in front
-        highest = torch.cat([_highest_before(a, first) for first in range(0, a.shape[1], _ROWS)], dim=1)
+        highest = torch.cat([_highest_before(a, first, end) for first, end in _blocks(a.shape[1], a.shape[1], _TRIANGLE)], dim=1)
     return 1 - torch.zeros_like(highest).scatter(1, order, highest)
 
 
-_ROWS = 256  # of a cosine matrix at once: with more, what is behind the diagonal is not worth computing
+def _highest_before(a: Tensor, first: int, end: int) -> Tensor:
+    """Highest product of the rows from `first` to `end` with a row before them: [B, N, C] -> [B, end - first]."""
+    cosine = a[:, first:end] @ a[:, :end].transpose(1, 2)
+    later = torch.ones(cosine.shape[1:], dtype=torch.bool, device=a.device).triu(first)
+    return cosine.masked_fill_(later, -1.0).amax(dim=-1)
 
 
-def _highest_before(a: Tensor, first: int) -> Tensor:
-    """Highest product of some rows, from `first` on, with a row in front of them: [B, N, C] -> [B, up to _ROWS]."""
-    rows = a[:, first : first + _ROWS]
-    cosine = rows @ a[:, : first + _ROWS].transpose(1, 2)
-    behind = torch.ones(cosine.shape[1:], dtype=torch.bool, device=a.device).triu(first)
-    return cosine.masked_fill_(behind, -1.0).amax(dim=-1)
+_PRODUCTS = 2**19  # of tokens with tokens at once: memory then grows with their number and not with its square
+_ROWS = 128  # but so many rows at least, as fewer are slower
+_TRIANGLE = 256  # and so many at most where a row needs only those before it
+_UNROLLED = 4  # blocks at most in what is compiled or exported, where each is a piece of the program
+
+
+def _blocks(rows: int, columns: int, most: int = _PRODUCTS) -> list[tuple[int, int]]:
+    """Where each block of rows begins and ends; one block where their number is a symbol, as in exports for any image size."""
+    if torch.jit.is_tracing():
+        rows, columns = int(rows), int(columns)
+    if not (_is_number(rows) and _is_number(columns)):
+        return [(0, rows)]
+    size = min(max(_PRODUCTS // max(columns, 1), _ROWS), most)
+    if torch.compiler.is_compiling():
+        size = max(size, -(-rows // _UNROLLED))
+    return [(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
+
+
+def _is_number(n: int) -> bool:
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # brings sympy with it
+
+    return has_static_value(n)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -140,9 +164,27 @@ def match(reserved: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
     with no_autocast(reserved):
         a, b = wide(pruned), wide(reserved)
         # a pruned token's own length does not change which product is the largest, and products are fewer than channels
-        products = (a @ b.transpose(1, 2)) / _length(b)[:, None]
-        along, hosts = products.max(dim=-1)
+        along, hosts = best_match(a, b, _length(b))
         return hosts, along / _length(a)
+
+
+def best_match(a: Tensor, b: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For every row of a its largest product with a row of b, and which row that is.
+
+    Shapes: [B, R, C], [B, K, C] -> [B, R], [B, R] int64. length: products with each row of b are divided by it, [B, K].
+
+    >>> best_match(torch.eye(2)[None], torch.tensor([[[0.0, 3.0], [2.0, 0.0]]]))[0].tolist()
+    [[2.0, 3.0]]
+    """
+    columns, divisor = b.transpose(1, 2), None if length is None else length[:, None]
+    found = [_largest(a[:, first:end] @ columns, divisor) for first, end in _blocks(a.shape[1], b.shape[1])]
+    along, index = zip(*found, strict=True)
+    return torch.cat(along, dim=1), torch.cat(index, dim=1)
+
+
+def _largest(products: Tensor, divisor: Tensor | None) -> tuple[Tensor, Tensor]:
+    along, index = (products if divisor is None else products / divisor).max(dim=-1)
+    return along, index
 
 
 def _length(x: Tensor) -> Tensor:

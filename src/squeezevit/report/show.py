@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from squeezevit.attach import reduce_, restore_
-from squeezevit.bench.run import share_weights
+from squeezevit.core.attach import reduce_, restore_
+from squeezevit.core.reducer import Reducer
+from squeezevit.core.running import share_weights
+from squeezevit.core.trace import trace
 from squeezevit.errors import UnsupportedError
-from squeezevit.reducer import Reducer
 from squeezevit.report import figure, stages_from_trace
-from squeezevit.trace import trace
 
 LONGEST = 1200  # pixels of the longer side of a panel
 

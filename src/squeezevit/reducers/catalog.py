@@ -1,0 +1,123 @@
+"""Every method once: its name, what it is, how a budget is spread over its stages, and how it is drawn.
+
+A method of your own appears in every command by one row: `register(Method("mine", "mine", Mine))` in a module that is named by
+`squeezevit --import my_methods ...`, or by an entry point of the group "squeezevit.methods".
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple, cast
+
+from squeezevit.core.reducer import Reducer, Staged
+from squeezevit.errors import ConfigError
+from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, Squeeze, ToMe, TopK
+
+
+class Look(NamedTuple):
+    """How charts draw a method: its colour on white and on black, matplotlib's marker, dashes; `strong`: a thick line."""
+
+    light: str
+    dark: str
+    marker: str = "o"
+    dashes: tuple[float, ...] = ()
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the catalogue."""
+
+    name: str  # what people type
+    label: str  # what tables and charts say
+    make: Callable[..., Reducer]  # the class
+    options: Mapping[str, Any] = field(default_factory=dict)  # its fields where they are not the class's own
+    curve: str | None = None  # along which a budget spreads the ratios of stages; None: one ratio for all
+    look: Look | None = None  # None: one that is left
+    compared: bool = False  # whether the demo shows it unasked
+
+    def template(self) -> Reducer:
+        """The reducer as it is before a budget or a keep ratio is known."""
+        return self.make(**self.options)
+
+
+_ROWS = (
+    Method("identity", "unreduced", Identity, look=Look("#1c2127", "#e8ebee")),
+    Method(
+        "training-free", "training-free", Squeeze, {"score": "mrmr", "fuse": "mass", "at": "quarters"}, "lorentzian",
+        Look("#1d7a2c", "#6fd07c", "*", strong=True), True,
+    ),
+    Method("etps", "eTPS", ETPS, look=Look("#cf3f12", "#ff8552", "o", strong=True), compared=True),
+    Method("etps+mass", "eTPS + mass", ETPS, {"mass": True}, None, Look("#0a5fb4", "#62adff", "s", strong=True), True),
+    Method("dtps", "dTPS", DTPS, look=Look("#6a3fb5", "#b598ff", "P", strong=True)),
+    Method("evit", "EViT", EViT, look=Look("#007a5a", "#35c79c", "^", (5, 2))),
+    # without training the paper's own sum is several points worse than the normalised one
+    Method("evit+norm", "EViT (normalised)", EViT, {"normalize": True}, None, Look("#007a5a", "#35c79c", "^", (5, 2)), True),
+    Method("dynamicvit", "DynamicViT", DynamicViT, look=Look("#00758a", "#45c4da", "p", (3, 2))),
+    Method("topk", "TopK", TopK, look=Look("#a0408a", "#e58fca", "v", (6, 2, 1.5, 2)), compared=True),
+    Method("tome", "ToMe", ToMe, look=Look("#8f6200", "#e0b23e", "D", (9, 3)), compared=True),
+    Method("random", "Random", Random, look=Look("#68707b", "#a6afba", "X", (1.5, 2)), compared=True),
+)  # fmt: skip
+_METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+_ALIASES = {"preset": "training-free"}
+_LOADED: set[str] = set()  # entry points that were asked
+
+
+def register(row: Method) -> Method:
+    """Add a method. Raises ConfigError where another one has its name, or the name is not lower case."""
+    if row.name != row.name.lower() or not row.name.strip():
+        raise ConfigError(f"a method's name is lower case, as 'mine'; got {row.name!r}")
+    old = _METHODS.get(row.name)
+    if old is not None and old != row:
+        raise ConfigError(f"there already is a method {row.name!r} ({old.make}); choose another name")
+    _METHODS[row.name] = row
+    return row
+
+
+def methods() -> dict[str, Method]:
+    """All rows by name, those of installed packages included."""
+    for point in entry_points(group="squeezevit.methods"):
+        if point.value not in _LOADED:
+            _LOADED.add(point.value)
+            point.load()
+    return dict(_METHODS)
+
+
+def import_methods(module: str) -> None:
+    """Import a module that registers methods, from the working folder or the path. Raises ConfigError where it cannot be."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"--import {module}: {error}; give the name of a module that Python finds, without .py") from error
+
+
+def method(name: str) -> Method:
+    """The row of this name, in any case. Raises ConfigError where there is none, naming those there are and the nearest.
+
+    >>> method("ETPS").label
+    'eTPS'
+    """
+    known = methods()
+    key = _ALIASES.get(name.lower(), name.lower())
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"method {name!r} is not known; {hint}choose from {', '.join(known)}")
+    return known[key]
+
+
+def staged(name: str, keep: float | Sequence[float], at: Sequence[int] | str | None = None) -> Reducer:
+    """A reducer by name, keep ratio and stages. Raises ConfigError for a method without keep ratios, as ToMe.
+
+    >>> staged("topk", 0.5, (3, 6, 9))
+    TopK(keep=0.5, at=(3, 6, 9), score='auto')
+    """
+    template = method(name).template()
+    if isinstance(template, Identity):
+        return template
+    if not isinstance(template, Staged):
+        raise ConfigError(f"method {name!r} has no keep ratio; give {type(template).__name__}'s own options, or a budget, instead")
+    where: dict[str, Any] = {} if at is None else {"at": at if isinstance(at, str) else tuple(at)}
+    return replace(template, keep=cast(Any, keep), **where)

@@ -1,0 +1,58 @@
+"""SHA-256 of a folder's files, beside them in SHA256SUMS, which `sha256sum --check` reads too."""
+
+import hashlib
+from pathlib import Path
+
+from squeezevit.errors import CheckpointError
+
+NAME = "SHA256SUMS"
+REMEDY = "put the whole folder back from a copy of it, or begin a new run in another folder"
+
+
+def write(folder: Path) -> None:
+    """Sum up all files of a folder."""
+    files = sorted(folder.iterdir())
+    (folder / NAME).write_text("".join(f"{_digest(file)}  {file.name}\n" for file in files), encoding="utf-8")
+
+
+def check(file: Path) -> None:
+    """Raise CheckpointError where a file is not what the sums beside it say; one that they do not list passes."""
+    expected = _listed(file.parent).get(file.name)
+    if expected is not None and expected != _digest(file):
+        raise CheckpointError(
+            f"{file} is not what was written: {NAME} beside it has another sum. A disk or a copy spoilt it, or it comes from "
+            f"another checkpoint; {REMEDY}"
+        )
+
+
+def check_folder(folder: Path) -> bool:
+    """`check` all files of a folder, none of them missing or new; False where it was written before sums were kept."""
+    if not (folder / NAME).is_file():
+        return False
+    listed, found = {*_listed(folder)}, {file.name for file in folder.iterdir()} - {NAME}
+    if listed != found:
+        raise CheckpointError(
+            f"{folder} does not hold what was written: {NAME} lists {', '.join(sorted(listed)) or 'nothing'}, there are "
+            f"{', '.join(sorted(found)) or 'none'}; {REMEDY}"
+        )
+    for name in sorted(listed):
+        check(folder / name)
+    return True
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    try:
+        text = (folder / NAME).read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"{folder / NAME} cannot be read ({error.strerror}); make it readable") from error
+    return {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); make it readable") from error
