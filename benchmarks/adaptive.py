@@ -8,37 +8,32 @@ tokens at one block. The block and the direction are chosen on one half of the i
 sorting would cost is left out, so that this is more than an adaptive budget could reach.
 """
 
-import argparse
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.stats import ttest_1samp
-from torch import Tensor, nn
+from torch import Tensor
 
 import squeezevit as sv
-from squeezevit.bench.machine import command, machine, now, versions
-from squeezevit.plan import make_plan
-from squeezevit.presets import PRESETS
-from squeezevit.reducers.names import CURVE
-from training_free import features, task_of
+from squeezevit.bench.machine import header, write_json
+from squeezevit.core.reducer import Reducer
+from tasks import Trial, trial
+from workshop import RESULTS, arguments, p_value, say
 
-OUT = Path(__file__).parent / "results" / "adaptive.json"
 SHARES = (0.35, 0.5, 0.65)  # of few, of all alike, and of many tokens
 BLOCKS = (0, 3)  # stages of the preset
 
 
 @torch.inference_mode()
-def uniqueness(model: nn.Module, batches: list[Tensor]) -> dict[int, np.ndarray]:
-    """Mean score of each image's patch tokens at some blocks, of a reduced model."""
+def uniqueness(t: Trial, reducer: Reducer) -> dict[int, np.ndarray]:
+    """Mean score of each image's patch tokens at some blocks, under a reducer."""
     found: dict[int, list[Tensor]] = {b: [] for b in BLOCKS}
-    for x in batches:
-        with sv.trace(model) as t:
+    model = sv.reduce_(t.model, reducer)
+    for x in t.batches:
+        with sv.trace(model) as traced:
             model(x)
-        for stage in t.stages:
+        for stage in traced.stages:
             if stage.block in found:
                 found[stage.block].append(stage.scores.mean(dim=1))
     return {b: torch.cat(parts).numpy() for b, parts in found.items()}
@@ -56,17 +51,13 @@ def buckets(measure: np.ndarray, costs: np.ndarray) -> np.ndarray:
     return out
 
 
-def compare(name: str, model: nn.Module, batches: list[Tensor], size: int, right) -> dict:
-    dense = features(sv.restore_(model), batches)
-    plans = [make_plan(model, PRESETS["training-free"], macs=s, image_size=size, curve=CURVE["training-free"]) for s in SHARES]
-    hits, cosines = [], []
-    for plan in plans:
-        found = features(sv.reduce_(model, plan.reducer), batches)
-        hits.append(right(found))
-        cosines.append(F.cosine_similarity(found, dense).double().numpy())
-    measures = uniqueness(sv.reduce_(model, plans[1].reducer), batches)
-    hits, cosines, costs = np.array(hits), np.array(cosines), np.array([p.macs_share for p in plans])
-    half = np.random.RandomState(0).permutation(len(dense)) < len(dense) // 2
+def compare(name: str, t: Trial) -> dict[str, Any]:
+    plans = [t.plan("training-free", share) for share in SHARES]
+    found = [t.features(plan.reducer) for plan in plans]
+    hits, cosines = np.array([t.probe.hits(f) for f in found]), np.array([t.near(f) for f in found])
+    costs = np.array([plan.macs_share for plan in plans])
+    measures = uniqueness(t, plans[1].reducer)
+    half = np.random.RandomState(0).permutation(len(t.dense)) < len(t.dense) // 2
 
     def outcome(measure: np.ndarray, images: np.ndarray, values: np.ndarray) -> np.ndarray:
         return values[buckets(measure[images], costs), np.flatnonzero(images)]
@@ -79,24 +70,21 @@ def compare(name: str, model: nn.Module, batches: list[Tensor], size: int, right
         spent = costs[buckets(directed[chosen][~half], costs)].mean()
         row = {"task": name, "measure": what, "block": chosen[0], "unique_images_get": "more" if chosen[1] > 0 else "fewer"}
         row |= {"n": int((~half).sum()), "fixed": fixed.mean(), "adaptive": adaptive.mean(), "macs_share": spent}
-        difference = adaptive * 1.0 - fixed
-        row |= {"fixed_macs_share": costs[1], "p": float(ttest_1samp(difference, 0).pvalue) if np.ptp(difference) else 1.0}
+        row |= {"fixed_macs_share": costs[1], "p": p_value(adaptive * 1.0 - fixed)}
         rows.append(row)
-        sys.stdout.write(f"{row}\n")
-        sys.stdout.flush()
+        say(f"{row}")
     return {"shares": SHARES, "rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--tasks", nargs="*", choices=("emoji", "cells"), default=("emoji", "cells"))
-    parser.add_argument("--json", type=Path, default=OUT)
+    parser.add_argument("--json", type=Path, default=RESULTS / "adaptive.json")
     args = parser.parse_args()
-    result = {"created": now(), "command": command(), "machine": machine(), "versions": versions()}
+    result = header()
     for task in args.tasks:
-        model, test, size, right = task_of(task)
-        result[task] = compare(task, model, test, size, right)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        result[task] = compare(task, trial(task))
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -9,71 +9,30 @@ absolute error, correlation over pixels, and the share of the most salient tenth
 patch tokens: the mean cosine.
 """
 
-import argparse
-import json
-import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import ttest_1samp
 from torch import Tensor, nn
 
 import squeezevit as sv
-from squeezevit.bench.machine import command, machine, now, versions
+from saliency import SIZE, Decoder, decoder
+from squeezevit.budget.plan import make_plan
 from squeezevit.data import dinov2
-from squeezevit.plan import make_plan
-from training_free import CURVES, TEMPLATES, photographs
-
-OUT = Path(__file__).parent / "results" / "dense.json"
-SIZE = 224
-
-
-class Decoder(nn.Module):
-    """Patch tokens [B, N, 384] of a square grid -> saliency [B, SIZE, SIZE], as in the ONNX file."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        wide = (384, 256, 128, 64)
-        for i in (1, 2, 3):
-            setattr(self, f"upconv{i}", nn.ConvTranspose2d(wide[i - 1], wide[i], 4, stride=2, padding=1))
-            setattr(self, f"bn{i}", nn.BatchNorm2d(wide[i]))
-        self.final_conv = nn.Conv2d(64, 1, 1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
-        for i in (1, 2, 3):
-            x = getattr(self, f"bn{i}")(getattr(self, f"upconv{i}")(x)).relu()
-        return F.interpolate(self.final_conv(x), (SIZE, SIZE), mode="bilinear")[:, 0].sigmoid()
-
-
-def decoder() -> Decoder:
-    import onnx
-
-    graph = onnx.load(str(dinov2.weights_path())).graph
-    arrays = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer if i.name.startswith("decoder.")}
-    model = Decoder().eval()
-    state = {n.removeprefix("decoder."): torch.from_numpy(a.copy()) for n, a in arrays.items()}
-    found = model.load_state_dict(state, strict=False)
-    if found.unexpected_keys or not all(key.endswith("num_batches_tracked") for key in found.missing_keys):
-        raise ValueError(f"the decoder in the file is another one: {found}")
-    return model
+from squeezevit.reducers.catalog import method
+from tasks import photographs
+from workshop import RESULTS, Sheet, arguments, p_value, say, standard_error, untrained
 
 
 @torch.inference_mode()
 def maps(model: nn.Module, head: Decoder, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Patch tokens on the full grid [n, N, C] and saliency [n, SIZE, SIZE]."""
+    """Of a reduced model: patch tokens on the full grid [n, N, C] and saliency [n, SIZE, SIZE]."""
     tokens = []
     for x in batches:
-        if "squeezevit_state" in vars(model):
-            with sv.trace(model) as t:
-                patches = model.forward_features(x)[:, 1:]
-            patches = t.scatter_back(patches)
-        else:
+        with sv.trace(model) as t:
             patches = model.forward_features(x)[:, 1:]
-        tokens.append(patches)
+        tokens.append(t.scatter_back(patches) if t.stages else patches)
     return torch.cat(tokens), torch.cat([head(t) for t in tokens])
 
 
@@ -91,33 +50,30 @@ def scores(tokens: Tensor, saliency: Tensor, wanted: tuple[Tensor, Tensor]) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--shares", nargs="*", type=float, default=(0.65, 0.5, 0.44, 0.35))
+    parser.add_argument("--json", type=Path, default=RESULTS / "dense.json")
     args = parser.parse_args()
-    model, head = dinov2.dinov2_vit_small(SIZE).eval(), decoder()
-    batches = photographs()
-    wanted = maps(model, head, batches)
-    rows = []
+    model, head, batches = dinov2.dinov2_vit_small(SIZE).eval(), decoder(), photographs()
+    wanted = maps(sv.reduce_(model, sv.Identity()), head, batches)
+    sheet = Sheet(args.json, image_size=SIZE, images=len(wanted[0]))
+    methods = [row for row in map(method, untrained()) if row.make is not sv.EViT]  # its extra token is nobody's host
     for share in args.shares:
         found = {}
-        for method, template in TEMPLATES.items():
-            if "EViT" in method:  # its extra token is nobody's host
-                continue
-            plan = make_plan(model, template, macs=share, curve=CURVES.get(method))
-            found[method] = scores(*maps(sv.reduce_(model, plan.reducer), head, batches), wanted)
-            sv.restore_(model)
-            row = {"share": share, "method": method, "macs_share": plan.macs_share, "reducer": repr(plan.reducer)}
-            for name, values in found[method].items():
-                row |= {name: values.mean(), f"{name}_se": values.std(ddof=1) / math.sqrt(len(values))}
-            rows.append(row)
-            sys.stdout.write(f"{share:.0%} {method}: " + ", ".join(f"{n} {v.mean():.4f}" for n, v in found[method].items()) + "\n")
-            sys.stdout.flush()
-        for row in rows[-len(found) :]:
-            for name, values in found[row["method"]].items():
-                if row["method"] != "ToMe":
-                    row[f"p_{name}_ToMe"] = float(ttest_1samp(values - found["ToMe"][name], 0).pvalue)
-    setting = {"created": now(), "command": command(), "machine": machine(), "versions": versions(), "image_size": SIZE}
-    OUT.write_text(json.dumps({**setting, "images": len(wanted[0]), "rows": rows}, indent=1) + "\n")
+        for row in methods:
+            plan = make_plan(model, row.name, macs=share)
+            found[row.name] = scores(*maps(sv.reduce_(model, plan.reducer), head, batches), wanted)
+            line = {"share": share, "method": row.name, "label": row.label, "macs_share": plan.macs_share}
+            line["reducer"] = repr(plan.reducer)
+            for name, values in found[row.name].items():
+                line |= {name: values.mean(), f"{name}_se": standard_error(values)}
+            sheet.rows.append(line)
+            say(f"{share:.0%} {row.label}: " + ", ".join(f"{n} {v.mean():.4f}" for n, v in found[row.name].items()))
+        for line in sheet.rows[-len(found) :]:
+            for name, values in found[line["method"]].items():
+                if line["method"] != "tome":
+                    line[f"p_{name}_ToMe"] = p_value(values - found["tome"][name])
+        sheet.save()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@
 Random weights: time depends on shapes alone. 224 pixels, patches of 16, 12 blocks of 384 channels and 6 heads.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +12,9 @@ from pathlib import Path
 from torch import nn
 
 import squeezevit as sv
-from squeezevit.bench.machine import command, machine, now, versions
 from squeezevit.bench.run import measure
+from workshop import RESULTS, Sheet, overhead, timing_arguments
 
-OUT = Path(__file__).parent / "results" / "families.json"
 HF = {
     "image_size": 224, "patch_size": 16, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
     "intermediate_size": 1536,
@@ -64,28 +60,18 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_arguments(__doc__, batch_size=16)
     parser.add_argument("--models", nargs="*", choices=tuple(MODELS), default=tuple(MODELS))
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--json", type=Path, default=OUT)
+    parser.add_argument("--json", type=Path, default=RESULTS / "families.json")
     args = parser.parse_args()
-    setting = {"created": now(), "command": command(), "machine": machine(args.device), "versions": versions()}
-    setting |= {"batch_size": args.batch_size, "rounds": args.rounds, "precision": args.precision}
-    rows = []
+    setting = {"batch_size": args.batch_size, "rounds": args.rounds, "precision": args.precision}
+    sheet = Sheet(args.json, args.device, **setting)
     for name in args.models:
         model = MODELS[name]().to(args.device)
         for speed in measure(model, REDUCERS, args.batch_size, 224, args.rounds, args.precision):
-            rows.append({"model": name, **asdict(speed)})
-            sys.stdout.write(
-                f"{name}: {speed.reducer} speed-up {speed.speedup_best:.2f}, overhead best {speed.overhead_best:.3f}, "
-                f"median {speed.overhead:.3f}\n"
-            )
-            sys.stdout.flush()
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+            text = f"{name}: {speed.reducer} speed-up {speed.speedup_best:.2f}{overhead(speed)}"
+            sheet.add({"model": name, **asdict(speed)}, text)
+        sheet.save()
 
 
 if __name__ == "__main__":

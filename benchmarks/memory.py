@@ -1,30 +1,36 @@
-"""Peak memory of a forward under each reducer, the least of three processes each; writes benchmarks/results/memory.json.
+"""Peak memory of a forward under every reducer, the least of three processes each; writes benchmarks/results/memory.json.
 
-Run: python benchmarks/memory.py
+Run: python benchmarks/memory.py [--long], which asks for the images of 9,216 and 16,384 tokens alone
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from squeezevit.bench.machine import command, machine, now, versions
 
 CASES = {
     "unreduced": "sv.Identity()",
+    "training-free": "replace(sv.preset('training-free'), keep=KEEP)",
     "ETPS": "sv.ETPS(keep=KEEP)",
     "ETPS(mass=True)": "sv.ETPS(keep=KEEP, mass=True)",
     "ETPS(score='received')": "sv.ETPS(keep=KEEP, score='received')",
     "DTPS": "sv.DTPS(keep=KEEP)",
     "EViT": "sv.EViT(keep=KEEP)",
+    "DynamicViT": "sv.DynamicViT(keep=KEEP)",
     "TopK": "sv.TopK(keep=KEEP)",
-    "ToMe": "sv.ToMe(r=R)",
+    "ToMe": "sv.ToMe(r=COUNT)",
+    "Random": "sv.Random(keep=KEEP)",
 }
 PROGRAM = """
 import pathlib, timm, torch, squeezevit as sv
+from dataclasses import replace
 def kib(name):
     return next(line.split()[1] for line in open("/proc/self/status") if line.startswith(name))
-model = sv.reduce_(timm.create_model({model!r}, img_size={size}).eval(), {reducer})
+model = sv.reduce_(timm.create_model({model!r}, img_size={size}, **{options!r}).eval(), {reducer})
 images = torch.randn({batch}, 3, {size}, {size})
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins here, not where torch was imported
 before = kib("VmRSS")
@@ -34,25 +40,56 @@ print(before, kib("VmHWM"))
 """
 
 
-def peak(reducer: str, model: str, size: int, batch: int) -> float:
+class Setting(NamedTuple):
+    """A model and what it is given."""
+
+    model: str
+    size: int
+    batch: int
+    patch: int
+    depth: int
+    options: dict[str, object]
+    keeps: tuple[float, ...]
+
+
+SHORT = [Setting("deit_small_patch16_224", size, batch, 16, 12, {}, (0.7, 0.5)) for size, batch in ((224, 64), (512, 16))]
+LONG = [
+    Setting("vit_tiny_patch16_224", size, 1, 8, 4, {"patch_size": 8, "depth": 4, **pooling}, (0.7,))
+    for size in (768, 1024)
+    for pooling in ({}, {"class_token": False, "global_pool": "avg"})
+]
+
+
+def peak(reducer: str, setting: Setting) -> float:
     """MiB that a forward adds to the peak of resident memory: the least of three processes, as the allocator adds some."""
-    program = PROGRAM.format(reducer=reducer, model=model, size=size, batch=batch)
+    program = PROGRAM.format(reducer=reducer, **setting._asdict())
     runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)]
     return min(int(after) - int(before) for before, after in (run.stdout.split() for run in runs)) / 1024
 
 
+def measure(setting: Setting) -> Iterator[dict[str, object]]:
+    """One row for each keep ratio and reducer."""
+    tokens = (setting.size // setting.patch) ** 2
+    dense = peak(CASES["unreduced"], setting)
+    for keep in setting.keeps:
+        removed = round((1 - keep) * tokens / setting.depth * 1.5)
+        for name, source in CASES.items():
+            reducer = source.replace("KEEP", str(keep)).replace("COUNT", str(removed))
+            used = dense if name == "unreduced" else peak(reducer, setting)
+            yield {
+                "model": setting.model, "options": setting.options, "image_size": setting.size, "batch_size": setting.batch,
+                "patch_tokens": tokens, "keep": keep, "reducer": name, "forward_mib": used, "of_unreduced": used / dense,
+            }  # fmt: skip
+
+
 def main() -> None:
     rows = []
-    for model, size, batch in (("deit_small_patch16_224", 224, 64), ("deit_small_patch16_224", 512, 16)):
-        for keep in (0.7, 0.5):
-            dense = None
-            for name, source in CASES.items():
-                r = round((1 - keep) * (size // 16) ** 2 / 12 * 1.5)
-                used = peak(source.replace("KEEP", str(keep)).replace("R)", f"{r})"), model, size, batch)
-                dense = dense or used
-                rows.append({"model": model, "image_size": size, "batch_size": batch, "keep": keep, "reducer": name})
-                rows[-1] |= {"forward_mib": used, "of_unreduced": used / dense}
-                sys.stdout.write(f"{size} px, keep {keep}, {name}: {used:.0f} MiB, {used / dense:.2f}\n")
+    for setting in LONG if "--long" in sys.argv else SHORT + LONG:
+        for row in measure(setting):
+            rows.append(row)
+            text = "{patch_tokens} patch tokens, keep {keep}, {reducer}: {forward_mib:.0f} MiB, {of_unreduced:.2f}"
+            sys.stdout.write(f"{text.format(**row)}{'' if not setting.options else f' {setting.options}'}\n")
+            sys.stdout.flush()
     result = {"created": now(), "command": command(), "machine": machine(), "versions": versions(), "rows": rows}
     path = Path(__file__).parent / "results" / "memory.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

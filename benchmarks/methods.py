@@ -9,8 +9,6 @@ DeiT-S at 224 pixels, half of the multiply-adds. Alternating rounds in one run; 
 """
 
 import argparse
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,16 +18,15 @@ import torch
 from torch import nn
 
 import squeezevit as sv
-from memory import peak
-from squeezevit.bench.machine import command, machine, now, versions
-from squeezevit.bench.run import forward, images, measure, share_weights
+from squeezevit.bench.run import measure
 from squeezevit.bench.timing import alternate
-from squeezevit.plan import plan_macs
-from squeezevit.reducer import Reducer
-from squeezevit.reducers.names import LABELS
+from squeezevit.budget.plan import plan_macs
+from squeezevit.core.reducer import Reducer
+from squeezevit.core.running import forward, images, share_weights
+from squeezevit.reducers.catalog import method, methods
+from workshop import Sheet, file_of, overhead, peak_memory, timing_arguments
 
-RESULTS = Path(__file__).parent / "results"
-METHODS = ("training-free", "etps", "etps+mass", "dtps", "evit", "dynamicvit", "topk", "tome", "random")
+METHODS = tuple(name for name in methods() if name not in ("identity", "evit+norm"))  # as fast as evit
 
 
 def cuda_peak(model: nn.Module, x: torch.Tensor, precision: str) -> float:
@@ -54,46 +51,35 @@ def singles(model: nn.Module, reducers: dict[str, Reducer], args: argparse.Names
         if torch.device(args.device).type == "cuda":
             memory = cuda_peak(variants[name], images(model, args.batch_size, args.image_size), args.precision)
         else:
-            memory = peak(f"sv.{reducer!r}", args.model, args.image_size, args.batch_size)
+            memory = peak_memory(reducer, args.model, args.image_size, args.batch_size)
         out[name] = {"latency_best_ms": 1e3 * times.best(name), "latency_median_ms": median, "latency_p95_ms": high}
         out[name] |= {"peak_mib": memory}
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_arguments(__doc__, batch_size=16)
     parser.add_argument("--model", default="deit_small_patch16_224")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--shares", nargs="*", type=float, default=(0.5,))
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--singles", type=int, default=60, help="forwards at batch 1")
     parser.add_argument("--times-only", action="store_true", help="no single images, no memory")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     model = timm.create_model(args.model, img_size=args.image_size).to(args.device).eval()
-    rows = []
+    setting = {name: getattr(args, name) for name in ("model", "image_size", "batch_size", "rounds", "precision")}
+    sheet = Sheet(args.json or file_of("methods", args.device), args.device, **setting)
     for share in args.shares:
-        reducers = {"identity": sv.Identity(), **{m: plan_macs(model, m, share) for m in METHODS}}
-        speeds = measure(
-            model, list(reducers.values()), args.batch_size, args.image_size, rounds=args.rounds, precision=args.precision
-        )
+        reducers = {"identity": sv.Identity(), **{m: plan_macs(model, m, share) for m in args.methods}}
+        speeds = measure(model, list(reducers.values()), args.batch_size, args.image_size, args.rounds, args.precision)
         more = {} if args.times_only else singles(model, reducers, args)
         for name, speed in zip(reducers, speeds, strict=True):
-            row = {"share": share, "method": name, "label": LABELS[name], **asdict(speed), **more.get(name, {})}
-            rows.append(row)
-            over = "" if speed.overhead_best is None else f", overhead {speed.overhead:.3f} ({speed.overhead_best:.3f})"
-            sys.stdout.write(
-                f"{LABELS[name]}: {speed.macs_share:.1%} of MACs, speed-up {speed.speedup:.2f} ({speed.speedup_best:.2f}){over} "
-                f"{more.get(name, '')}\n"
-            )
-            sys.stdout.flush()
-    setting = {"created": now(), "command": command(), "machine": machine(args.device), "versions": versions(), "model": args.model}
-    setting |= {"image_size": args.image_size, "batch_size": args.batch_size, "rounds": args.rounds, "precision": args.precision}
-    file = args.json or RESULTS / f"methods_{torch.device(args.device).type}.json"
-    file.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+            label, rest = method(name).label, more.get(name, {})
+            row = {"share": share, "method": name, "label": label, **asdict(speed), **rest}
+            fast = f"speed-up {speed.speedup:.2f} ({speed.speedup_best:.2f}){overhead(speed)}"
+            sheet.add(row, f"{label}: {speed.macs_share:.1%} of MACs, {fast} {rest or ''}")
+    sheet.save()
 
 
 if __name__ == "__main__":

@@ -6,23 +6,22 @@
 Best and median of alternating rounds in one run. Weights are random; time depends on shapes alone.
 """
 
-import argparse
-import json
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import timm
 import torch
 
 import squeezevit as sv
-from squeezevit.bench.machine import command, machine, now, versions
 from squeezevit.bench.run import measure
+from squeezevit.reducers.catalog import method
+from workshop import Sheet, arguments, file_of
+from workshop import overhead as over
 
-RESULTS = Path(__file__).parent / "results"
 REDUCERS = (
     sv.ETPS(keep=0.7), sv.ETPS(keep=0.5), sv.ETPS(keep=0.5, at=(2, 4, 6, 8)), sv.ETPS(keep=0.5, mass=True),
-    sv.DTPS(keep=0.7), sv.DTPS(keep=0.5), sv.DTPS(keep=0.5, at=(2, 4, 6, 8)), sv.preset("training-free"),
+    sv.DTPS(keep=0.7), sv.DTPS(keep=0.5), sv.DTPS(keep=0.5, at=(2, 4, 6, 8)),
+    replace(method("training-free").template(), keep=(0.816, 0.65, 0.635, 0.652)),  # half of ViT-S/16's multiply-adds at 224 pixels
     sv.Squeeze(keep=0.8775, at="every", score="mrmr", fuse="mass"),
 )  # fmt: skip
 DEIT = {name: f"deit_{name}_patch16_224" for name in ("tiny", "small", "base")}
@@ -44,18 +43,15 @@ CUDA = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", nargs="*", help="only these")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     gpu = torch.device(args.device).type == "cuda"
-    file = args.json or RESULTS / f"overhead_{'cuda' if gpu else 'cpu'}.json"
     precision = "bf16" if gpu else "fp32"
-    setting = {"created": now(), "command": command(), "machine": machine(args.device), "versions": versions()}
-    setting |= {"rounds": args.rounds, "precision": precision}
-    rows = []
+    sheet = Sheet(args.json or file_of("overhead", args.device), args.device, rounds=args.rounds, precision=precision)
     for name, size, batch, compiled in CUDA if gpu else CPU:
         if args.models and name not in args.models:
             continue
@@ -63,13 +59,9 @@ def main() -> None:
         reducers = REDUCERS if compiled is None else COMPILED
         for speed in measure(model, reducers, batch, size, args.rounds, precision, compiled=compiled):
             row = {"model": name, "image_size": size, "batch_size": batch, "compiled": compiled, **asdict(speed)}
-            rows.append(row)
-            sys.stdout.write(
-                f"{name} {size} px, batch {batch}, {compiled or 'eager'}: {speed.reducer} speed-up {speed.speedup_best:.2f}, "
-                f"overhead best {speed.overhead_best:.3f}, median {speed.overhead:.3f}\n"
-            )
-            sys.stdout.flush()
-        file.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+            where = f"{name} {size} px, batch {batch}, {compiled or 'eager'}"
+            sheet.add(row, f"{where}: {speed.reducer} speed-up {speed.speedup_best:.2f}{over(speed)}")
+        sheet.save()
 
 
 if __name__ == "__main__":

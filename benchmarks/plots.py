@@ -13,13 +13,13 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
+from squeezevit.report.charts import looks
+from squeezevit.report.rows import current
+from workshop import RESULTS, arguments
+
 DOCS = Path(__file__).parents[1] / "docs"
-LOOKS = {  # colour and marker, the same in every picture
-    "preset": ("#1d7a2c", "*"), "eTPS": ("#cf3f12", "o"), "eTPS + mass": ("#0a5fb4", "s"), "dTPS": ("#6a3fb5", "P"),
-    "EViT": ("#007a5a", "^"), "EViT (normalised)": ("#007a5a", "^"), "TopK": ("#a0408a", "v"), "ToMe": ("#8f6200", "D"),
-    "Random": ("#68707b", "X"), "DynamicViT": ("#00758a", "p"), "unreduced": ("#1c2127", "o"),
-}  # fmt: skip
+INK, PALE, ORANGE, BLUE = "#1c2127", "#9fb7cf", "#cf3f12", "#0a5fb4"
+COMPARED = ("training-free", "etps+mass", "tome", "evit", "topk", "random")
 
 
 def read(name: str) -> Any:
@@ -34,25 +34,22 @@ def save(figure: Any, name: str) -> None:
 def short(reducer: str) -> str:
     """Of a reducer's repr, what tells it from the others."""
     if reducer.startswith("Squeeze"):
-        return "Squeeze in every block" if "'every'" in reducer else "preset 50 %"
+        return "Squeeze in every block" if "'every'" in reducer else "training-free 50 %"
     keep = reducer.split("keep=")[1].split(",")[0]
     return f"{reducer[:4]} {keep}" + (", (2,4,6,8)" if "(2, 4" in reducer else "") + (", mass" if "mass=True" in reducer else "")
 
 
 def overhead() -> None:
     """Overhead over the limit, DeiT-S at 224 pixels in eager mode, best round and median."""
-    rows = [
-        r
-        for r in read("overhead_cpu")["rows"]
-        if (r["model"], r["image_size"]) == ("deit_small_patch16_224", 224) and not r["compiled"]
-    ]
+    rows = [r for r in read("overhead_cpu")["rows"] if r["model"] == "deit_small_patch16_224" and not r["compiled"]]
+    rows = [r for r in rows if r["image_size"] == 224]
     batches = sorted({r["batch_size"] for r in rows})
     figure, axes = plt.subplots(1, len(batches), figsize=(8.4, 3.4), sharey=True, layout="constrained")
     for axis, batch in zip(axes, batches, strict=True):
         own = [r for r in rows if r["batch_size"] == batch][::-1]
         places = range(len(own))
-        axis.barh(places, [100 * (r["overhead_best"] - 1) for r in own], color="#9fb7cf", label="best round")
-        axis.plot([100 * (r["overhead"] - 1) for r in own], places, "|", color="#cf3f12", markersize=9, mew=2, label="median")
+        axis.barh(places, [100 * (r["overhead_best"] - 1) for r in own], color=PALE, label="best round")
+        axis.plot([100 * (r["overhead"] - 1) for r in own], places, "|", color=ORANGE, markersize=9, mew=2, label="median")
         axis.set_yticks(places, [short(r["reducer"]) for r in own], fontsize=8)
         axis.set_title(f"batch {batch}", fontsize=9)
         axis.set_xlabel("% over the limit")
@@ -66,7 +63,7 @@ def steps() -> None:
     rows = [r for r in read("steps_cpu")["rows"] if r["step"] not in ("whole block", "MLP half")]
     names = list(dict.fromkeys(r["step"] for r in rows))[::-1]
     figure, axis = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
-    for batch, offset, colour in ((1, 0.2, "#9fb7cf"), (16, -0.2, "#0a5fb4")):
+    for batch, offset, colour in ((1, 0.2, PALE), (16, -0.2, BLUE)):
         share = {r["step"]: 100 * r["share_of_block"] for r in rows if r["batch_size"] == batch}
         axis.barh([i + offset for i in range(len(names))], [share[n] for n in names], 0.38, color=colour, label=f"batch {batch}")
     axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -78,18 +75,17 @@ def steps() -> None:
 
 def methods() -> None:
     """All methods at half of the multiply-adds: speed in batches, and latency of single images."""
-    rows = read("methods_cpu")["rows"]
-    dense = next(r for r in rows if r["label"] == "unreduced")
-    own = sorted((r for r in rows if r["label"] != "unreduced"), key=lambda r: r["speedup_best"])
+    rows = [current(r) for r in read("methods_cpu")["rows"]]
+    dense = next(r for r in rows if r["method"] == "identity")
+    own = sorted((r for r in rows if r["method"] != "identity"), key=lambda r: r["speedup_best"])
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True, layout="constrained")
-    colours = [LOOKS[r["label"]][0] for r in own]
+    look = looks([r["method"] for r in own])
+    colours = [look[r["method"]].light for r in own]
     axes[0].barh([r["label"] for r in own], [r["speedup_best"] for r in own], color=colours)
     axes[0].set_xlabel("speed-up at batch 16, best round")
     axes[1].barh([r["label"] for r in own], [r["latency_median_ms"] for r in own], color=colours)
-    axes[1].plot(
-        [r["latency_p95_ms"] for r in own], range(len(own)), "|", color="#1c2127", markersize=9, mew=2, label="95th percentile"
-    )
-    axes[1].axvline(dense["latency_median_ms"], color="#1c2127", linestyle=":", label="unreduced")
+    axes[1].plot([r["latency_p95_ms"] for r in own], range(len(own)), "|", color=INK, markersize=9, mew=2, label="95th percentile")
+    axes[1].axvline(dense["latency_median_ms"], color=INK, linestyle=":", label="unreduced")
     axes[1].set_xlabel("milliseconds for one image, median")
     axes[1].set_xlim(0, 1.5 * dense["latency_median_ms"])
     axes[1].legend(frameon=False, fontsize=8, loc="center right")
@@ -104,7 +100,8 @@ def resolution() -> None:
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for name, marker in zip(dict.fromkeys(r["name"] for r in rows), "os^D", strict=True):
         own = [r for r in rows if r["name"] == name]
-        axis.plot([r["patches"] for r in own], [1e3 / r["images_per_second_best"] for r in own], marker=marker, label=name)
+        label = name.replace("preset", "training-free")
+        axis.plot([r["patches"] for r in own], [1e3 / r["images_per_second_best"] for r in own], marker=marker, label=label)
     axis.set(xscale="log", yscale="log", xlabel="patch tokens coming in", ylabel="milliseconds an image, best round")
     ticks = sorted({r["patches"] for r in rows})
     axis.set_xticks(ticks, [str(t) for t in ticks])
@@ -116,25 +113,26 @@ def resolution() -> None:
 
 def wall_clock() -> None:
     """Accuracy and cosine on emoji against the speed measured at the same reducers, so that methods can be read at equal time."""
-    speed = {(r["label"], r["share"]): r["speedup_best"] for r in read("methods_dinov2_112")["rows"]}
-    rows = read("training_free")["emoji"]["rows"]
+    speed = {(r["method"], r["share"]): r["speedup_best"] for r in map(current, read("methods_dinov2_112")["rows"])}
+    rows = [current(r) for r in read("training_free")["emoji"]["rows"]]
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
     drawings: tuple[tuple[Any, str, Callable[[dict[str, Any]], float]], ...] = (
         (axes[0], "accuracy, %", lambda r: 100 * r["accuracy"]), (axes[1], "cosine with unreduced", lambda r: r["cosine"]),
     )  # fmt: skip
     for axis, label, value in drawings:
-        for method in ("preset", "eTPS + mass", "ToMe", "EViT", "TopK", "Random"):
-            own = sorted((speed[method, r["share"]], value(r)) for r in rows if r["method"] == method)
-            colour, marker = LOOKS[method]
-            axis.plot(*zip(*own, strict=True), color=colour, marker=marker, label=method)
+        for method, look in looks(COMPARED).items():
+            own = [r for r in rows if r["method"] == method]
+            points = sorted((speed[method, r["share"]], value(r)) for r in own)
+            axis.plot(*zip(*points, strict=True), color=look.light, marker=look.marker, label=own[0]["label"])
         axis.set(xlabel="speed-up at batch 16", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].axhline(100 * rows[0]["accuracy"], color="#1c2127", linestyle=":", label="unreduced")
+    axes[0].axhline(100 * rows[0]["accuracy"], color=INK, linestyle=":", label="unreduced")
     axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     save(figure, "wall-clock.svg")
 
 
 def main() -> None:
+    arguments(__doc__).parse_args()
     plt.rcParams["svg.hashsalt"] = "squeezevit"
     for draw in (overhead, steps, methods, resolution, wall_clock):
         draw()

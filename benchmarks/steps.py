@@ -6,9 +6,6 @@
 The first stage of DeiT-S at 224 pixels (197 tokens of 384 channels), keep 0.5. Best and median of alternating rounds.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +14,12 @@ import timm
 import torch
 
 import squeezevit as sv
-from squeezevit import ops
-from squeezevit.bench.machine import command, machine, now, versions
 from squeezevit.bench.timing import alternate
-from squeezevit.families import attention, mlp_half
-from squeezevit.modes import autocast
+from squeezevit.core import ops
+from squeezevit.core.cut import attention, mlp_half
+from squeezevit.core.running import autocast
+from workshop import Sheet, arguments, file_of
 
-RESULTS = Path(__file__).parent / "results"
 KEEP = 0.5
 
 
@@ -61,25 +57,24 @@ def steps(batch: int, device: str) -> dict[str, Callable[[], Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=(1, 16))
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    setting = {"created": now(), "command": command(), "machine": machine(args.device), "versions": versions()}
-    setting |= {"rounds": args.rounds, "precision": args.precision, "keep": KEEP}
-    rows = []
+    setting = {"rounds": args.rounds, "precision": args.precision, "keep": KEEP}
+    sheet = Sheet(args.json or file_of("steps", args.device), args.device, **setting)
     for batch in args.batch_sizes:
         with torch.inference_mode(), autocast(torch.device(args.device), args.precision):
             times = alternate(steps(batch, args.device), args.rounds, warmup=5, device=args.device)
         whole = times.best("whole block")
         for name in times.seconds:
             row = {"batch_size": batch, "step": name, "best_us": 1e6 * times.best(name), "median_us": 1e6 * times.median(name)}
-            rows.append(row | {"share_of_block": times.best(name) / whole})
-            sys.stdout.write(f"batch {batch}, {name}: {row['best_us']:.0f} us, {times.best(name) / whole:.1%} of a block\n")
-    file = RESULTS / f"steps_{torch.device(args.device).type}.json"
-    file.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+            row["share_of_block"] = times.best(name) / whole
+            sheet.add(row, f"batch {batch}, {name}: {row['best_us']:.0f} us, {row['share_of_block']:.1%} of a block")
+    sheet.save()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,6 @@
 Run: python benchmarks/train_step.py [--device cuda --precision bf16]
 """
 
-import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +11,10 @@ import torch
 from torch import nn
 
 import squeezevit as sv
-from squeezevit.bench.machine import command, machine, now, versions
-from squeezevit.modes import autocast
+from squeezevit.bench.timing import alternate
+from squeezevit.core.running import autocast
 from squeezevit.train.objective import Objective
+from workshop import Sheet, file_of, say, timing_arguments
 
 REDUCERS = {
     "dense": sv.Identity(),
@@ -48,61 +44,39 @@ def kept_for_backward(forward: Callable[[], object], model: nn.Module) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing_arguments(__doc__, batch_size=32, rounds=5)
     parser.add_argument("--model", default="deit_small_patch16_224")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    cuda = args.device.startswith("cuda")
     teacher = timm.create_model(args.model).eval().requires_grad_(False).to(args.device)
     objective = Objective(nn.CrossEntropyLoss(), teacher=teacher)
     images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
     labels = torch.arange(args.batch_size, device=args.device)
     models = {n: sv.reduce_(timm.create_model(args.model), r).train().to(args.device) for n, r in REDUCERS.items()}
-    seconds: dict[str, list[float]] = {n: [] for n in REDUCERS}
     saved = {n: kept_for_backward(lambda m=m: objective(m, images, labels), m) for n, m in models.items()}
-    memory: dict[str, float] = {}
+    peaks: dict[str, float] = {}
 
-    def step(model: nn.Module) -> None:
+    def step(name: str) -> None:
+        cuda = torch.device(args.device).type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         with autocast(args.device, args.precision):
-            losses = objective(model, images, labels)
+            losses = objective(models[name], images, labels)
         losses.total.backward()
-        model.zero_grad(set_to_none=True)
+        models[name].zero_grad(set_to_none=True)
+        if cuda:
+            peaks[name] = torch.cuda.max_memory_allocated() / 2**20
 
-    for turn in range(args.rounds + 1):  # the first warms up
-        for name, model in models.items():
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            began = time.perf_counter()
-            step(model)
-            if cuda:
-                torch.cuda.synchronize()
-                memory[name] = torch.cuda.max_memory_allocated() / 2**20
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-        sys.stdout.write(f"round {turn} of {args.rounds}\n")
-    rows = []
+    cases = {name: lambda name=name: step(name) for name in models}
+    times = alternate(cases, args.rounds, device=args.device, progress=lambda done, most: say(f"round {done} of {most}"))
+    setting = {name: getattr(args, name) for name in ("model", "batch_size", "rounds", "device", "precision")}
+    sheet = Sheet(args.json or file_of("train_step", args.device), args.device, **setting)
     for name, reducer in REDUCERS.items():
-        ratios = [own / dense for own, dense in zip(seconds[name], seconds["dense"], strict=True)]
-        rows.append({"name": name, "reducer": repr(reducer), "seconds_best": min(seconds[name])})
-        rows[-1] |= {"of_dense": statistics.median(ratios), "of_dense_best": min(seconds[name]) / min(seconds["dense"])}
-        rows[-1] |= {"kept_for_backward_mib": saved[name], "peak_mib": memory.get(name)}
-        sys.stdout.write(
-            f"{name}: {rows[-1]['of_dense']:.3f} of dense (best {rows[-1]['of_dense_best']:.3f}), {saved[name]:.0f} MiB\n"
-        )
-    result = {
-        "created": now(),
-        "command": command(),
-        "machine": machine(args.device),
-        "versions": versions(),
-        **vars(args),
-        "rows": rows,
-    }
-    path = Path(__file__).parent / "results" / f"train_step_{args.device.split(':')[0]}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        share, best = times.ratio(name, "dense"), times.best_ratio(name, "dense")
+        row = {"name": name, "reducer": repr(reducer), "seconds_best": times.best(name), "of_dense": share, "of_dense_best": best}
+        row |= {"kept_for_backward_mib": saved[name], "peak_mib": peaks.get(name)}
+        sheet.add(row, f"{name}: {share:.3f} of dense (best {best:.3f}), {saved[name]:.0f} MiB")
+    sheet.save()
 
 
 if __name__ == "__main__":
