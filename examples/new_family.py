@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import squeezevit as sv
-from squeezevit.families import Host, attn_half, host, mlp_half, multihead
+from squeezevit.extend import Description, attn_half, describe, mlp_half, multihead
 
 
 class MyBlock(nn.Module):
@@ -27,7 +27,7 @@ class MyModel(nn.Sequential):
 
 attn_half.register(MyBlock, lambda block, x, bias=None: x + multihead.attend(block.attn, block.norm1(x), bias))
 mlp_half.register(MyBlock, lambda block, x: x + block.mlp(x))
-host.register(MyModel, lambda m: Host(m[1], prefix=1, class_token=True, dim=64, channels=3, image_size=(224, 224)))
+describe.register(MyModel, lambda m: Description(m[1], prefix=1, class_token=True, dim=64, channels=3, image_size=(224, 224)))
 
 model = MyModel(nn.Conv2d(3, 64, 16, 16), nn.Sequential(*(MyBlock(64) for _ in range(8))), nn.Linear(64, 10)).eval()
 sv.reduce_(model, sv.DTPS(keep=0.5))  # with `attention` registered, too, sv.ETPS and all others

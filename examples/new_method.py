@@ -7,7 +7,7 @@ import timm
 import torch
 
 import squeezevit as sv
-from squeezevit.reducer import Reduction, Stage, Staged
+from squeezevit.extend import Method, Reduction, Stage, Staged, register
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,13 @@ class FarFromMean(Staged):
         return Reduction(tokens, kept, pruned, hosts, scores)
 
 
-model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
-sv.reduce_(model, FarFromMean(keep=0.5))
-with torch.inference_mode(), sv.trace(model) as t:
-    model(torch.randn(2, 3, 224, 224))
-print(FarFromMean(keep=0.5), [stage.n_out for stage in t.stages])
+register(
+    Method("far", "far from mean", FarFromMean)
+)  # `squeezevit --import new_method bench --methods far`, and every other command
+
+if __name__ == "__main__":
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    sv.reduce_(model, FarFromMean(keep=0.5))
+    with torch.inference_mode(), sv.trace(model) as t:
+        model(torch.randn(2, 3, 224, 224))
+    print(FarFromMean(keep=0.5), [stage.n_out for stage in t.stages])

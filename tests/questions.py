@@ -6,6 +6,7 @@ A new method or family answers all of them by one more line in zoo.REDUCERS or z
 import copy
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 import squeezevit as sv
 import zoo
 from oracles import stage_counts
+from squeezevit.core import proof
+from squeezevit.core.block import state_of
+from squeezevit.core.reducer import Reducer, Staged
 from squeezevit.errors import UnsupportedError
-from squeezevit.reducer import Reducer, Staged
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -549,3 +552,100 @@ def macs_fall_and_nothing_else_changes(case):
     assert sv.macs(model) < dense if case.reducer.stages(zoo.DEPTH) else sv.macs(model) == dense
     assert_same_snapshot(snapshot(model), before)
     assert torch.equal(case.run(model, x), expected)
+
+
+@question
+def threads_have_forwards_of_their_own(case):
+    """The second thread runs whole forwards while the first stands between two blocks; both trace."""
+    model, x = case.reduced(), [zoo.images(2), zoo.images(2, seed=1)]
+    expected = [traced(case, model, v) for v in x]
+    stands, done, found = threading.Event(), threading.Event(), {}
+
+    def pause(*_: object) -> None:
+        if threading.current_thread().name == "first" and not done.is_set():
+            stands.set()
+            assert done.wait(60)
+
+    handle = zoo.blocks(model)[2].register_forward_pre_hook(pause)
+
+    def run() -> None:
+        found[0] = traced(case, model, x[0])
+
+    first = threading.Thread(target=run, name="first")
+    first.start()
+    assert stands.wait(60)
+    found[1] = traced(case, model, x[1])
+    done.set()
+    first.join()
+    handle.remove()
+    for i in range(2):
+        assert torch.equal(found[i][0], expected[i][0])
+        assert expected[i][1] is None or torch.equal(found[i][1], expected[i][1])
+
+
+@question
+def hooks_of_users_see_what_the_model_calls(case):
+    """As often as unreduced, whether they were set before or after; nothing runs on random tokens inside reduce_."""
+    x = zoo.images(2)
+    host, before, after = case.host(), case.host(), case.reduced()
+    calls = {name: [] for name in ("host", "before", "after")}
+
+    def watch(model: nn.Module, seen: list[str]) -> None:
+        for i, block in enumerate(zoo.blocks(model)):
+            for name, module in block.named_modules():
+                if name:
+                    module.register_forward_hook(lambda *_, name=f"{i}.{name}": seen.append(name))
+                    module.register_forward_pre_hook(lambda *_, name=f"{i}.{name}": seen.append(name))
+
+    for model, seen in zip((host, before, after), calls.values(), strict=True):
+        watch(model, seen)
+    zoo.reduce(before, case.reducer)
+    assert not calls["before"], "reduce_ called a user's hook"
+    for model in (host, before, after):
+        case.run(model, x)
+    assert calls["before"] == calls["host"]
+    assert calls["after"] == calls["host"]
+
+
+@question
+def scores_that_are_not_those_of_the_attention_are_refused(case):
+    if not (case.reducer.scored and case.reducer.stages(zoo.DEPTH)):
+        return
+    host = case.host()
+    base = type(zoo.blocks(host)[0])
+    own = proof.cut
+
+    def wrong(block_class: type) -> Any:
+        handlers = own(block_class)
+        attend = handlers.attention
+        return replace(handlers, attention=lambda block, x, **rows: doubled(attend(block, x, **rows)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "cut", wrong)
+        with pytest.raises(UnsupportedError, match=f"{base.__name__}, cannot be reduced: its scores would not be those"):
+            sv.reduce_(host, case.reducer)
+    sv.reduce_(host, case.reducer)
+
+
+def doubled(a: Any) -> Any:
+    """Evidence of another scale."""
+    return a._replace(query=lambda n: 2 * a.query(n))
+
+
+@question
+def replaced_blocks_are_noticed(case):
+    """Where later blocks or a pooling need what a stage left; else what is left of the stages runs."""
+    stages = case.reducer.stages(zoo.DEPTH)
+    if not stages:
+        return
+    model, x = case.reduced(), zoo.images(2)
+    zoo.replace_block(model, stages[-1], zoo.blocks(case.host())[stages[-1]])
+    pooled = state_of(model).pooled and case.reducer.weighs
+    if case.kind.rotary or (case.reducer.weighs and stages[-1] < zoo.DEPTH - 1) or pooled:
+        # a block that nobody told of the tokens that left fails in its library's words over rotary rows
+        with pytest.raises((UnsupportedError, RuntimeError), match=r"call sv.reduce_ again|size|shape"):
+            case.run(model, x)
+        expected = case.run(case.reduced(), x)
+        assert torch.equal(case.run(zoo.reduce(model, case.reducer), x), expected)
+    else:
+        assert case.run(model, x).isfinite().all()

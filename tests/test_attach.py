@@ -20,7 +20,7 @@ import squeezevit as sv
 import zoo
 from questions import CLOSE, assert_same_gradients, assert_same_snapshot, gradients, snapshot, tensors_within
 from squeezevit.errors import SqueezeViTError, UnsupportedError
-from squeezevit.predictor import ScoreHeads
+from squeezevit.reducers.learned import ScoreHeads
 
 pytestmark = pytest.mark.usefixtures("no_gumbel_noise")
 
@@ -51,7 +51,7 @@ def test_import_needs_torch_alone_and_takes_a_fraction_of_its_time():
 
 
 def test_the_family_is_loaded_when_its_host_is():
-    assert python("import squeezevit.families as f; f.load_families(); print('timm' in sys.modules)").split() == ["False"]
+    assert python("import squeezevit.core.cut as f; f.load_families(); print('timm' in sys.modules)").split() == ["False"]
     code = "import squeezevit as sv, timm\nprint(type(sv.reduce_(timm.create_model('test_vit', depth=4), sv.ETPS())).__name__)"
     assert python(code).split() == ["VisionTransformer"]
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import squeezevit as sv
 import zoo
-from squeezevit.families import Keep, attention, attn_half, kept, mlp_half, projections
+from squeezevit.core.cut import attention, attn_half, mlp_half, projections
+from squeezevit.core.evidence import Recorder, recorded
 
 CASES = {  # (kind of model, reducer): the norm before attention, and projections, of a block
     ("plain", sv.ETPS(keep=0.6)): 2,
@@ -27,8 +28,8 @@ CASES = {  # (kind of model, reducer): the norm before attention, and projection
 }
 
 
-def hooks(model: nn.Module) -> list[Keep]:
-    return [h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, Keep)]
+def hooks(model: nn.Module) -> list[Recorder]:
+    return [h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, Recorder)]
 
 
 def computed(model: nn.Module, x: Tensor) -> int:
@@ -182,7 +183,7 @@ def test_threads_keep_apart():
 
     thread = threading.Thread(target=first, name="first")
     thread.start()
-    assert ready.wait(30) and kept(zoo.blocks(model)[1].self_attn.k_proj) is None
+    assert ready.wait(30) and recorded(zoo.blocks(model)[1].self_attn.k_proj) is None
     found[1] = zoo.run(model, x[1]).last_hidden_state
     done.set()
     thread.join()

@@ -28,11 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import oracles
 import oracles_rotary
 import squeezevit as sv
-from squeezevit import families
 from squeezevit.bench.run import measure
+from squeezevit.core.cut import description_of
+from squeezevit.core.reducer import Reducer
 from squeezevit.errors import UnsupportedError
-from squeezevit.families import host_of, multihead
-from squeezevit.reducer import Reducer
+from squeezevit.families import multihead
 
 SIZE, PATCH, DIM, DEPTH, HEADS, HIDDEN, CLASSES = 64, 8, 48, 4, 4, 192, 7  # torch fuses attention of an even number of heads only
 PATCHES = (SIZE // PATCH) ** 2
@@ -671,11 +671,11 @@ REFUSED = {
     ),
     "hf-masked-image": (
         partial(hugging_face, "ViTForMaskedImageModeling"),
-        ["ViTForMaskedImageModeling", "grid", "reduce its encoder"],
+        ["ViTForMaskedImageModeling", "grid", "load its weights as ViTModel"],
     ),
-    "hf-backbone": (partial(hugging_face, "Dinov2Backbone"), ["Dinov2Backbone", "grid", "reduce its encoder"]),
-    "hf-text": (clip_text, ["CLIPTextModel has 0 vision towers", "register squeezevit.families.host"]),
-    "hf-two-towers": (two_towers, ["SiglipVisionModel has 2 vision towers", "give one of them to sv.reduce_"]),
+    "hf-backbone": (partial(hugging_face, "Dinov2Backbone"), ["Dinov2Backbone", "grid", "load its weights as Dinov2Model"]),
+    "hf-text": (clip_text, ["CLIPTextModel has 0 vision towers", "register squeezevit.extend.describe"]),
+    "hf-two-towers": (two_towers, ["SiglipVisionModel has 2 vision towers", "give one of them to sv.reduce_, as model.other"]),
     "timm-beit": (timm_beit, ["Beit", "relative-position bias", ABSOLUTE]),
     "timm-swin": (timm_swin, ["SwinTransformer", "windows of the grid"]),
     "timm-parallel": (parallel_blocks, ["block 1", "ParallelScalingBlock", "register attn_half, mlp_half and attention"]),
@@ -693,6 +693,23 @@ def test_refused_by_name_with_a_remedy(name):
         sv.reduce_(model, sv.ETPS())
     assert all(word in str(error.value) for word in words), str(error.value)
     assert classes == [type(module) for module in model.modules()]
+
+
+def test_what_a_refusal_advises_works():
+    """The tower that is named, and the class whose weights the refused one shares."""
+    model = two_towers()
+    sv.reduce_(model.other, sv.ETPS())
+    for name, reason in next(f for f in sv.families() if f.library == "transformers").refused.items():
+        if "load its weights as" in reason:
+            refused = hugging_face(name)
+            wanted = re.search(r"load its weights as (\w+) instead", reason)[1]
+            loaded = getattr(transformers, wanted)(refused.config)
+            own = {key.removeprefix("model.") for key in loaded.state_dict()}
+            shared = {key.removeprefix(f"{refused.base_model_prefix}.").removeprefix("model.") for key in refused.state_dict()}
+            assert len(own & shared) >= 0.8 * len(own), f"{wanted} does not take the weights of {name}"
+            with torch.no_grad(), sv.trace(sv.reduce_(loaded.eval(), sv.ETPS())) as t:
+                loaded(torch.randn(1, 3, SIZE, SIZE))
+            assert t.scatter_back(t.tokens).shape == (1, t.stages[0].n, DIM)
 
 
 def siglip2_inputs(padded: int) -> dict[str, Tensor]:
@@ -732,7 +749,7 @@ def test_images_are_laid_out_as_siglip2s_own_processor_does():
         patch_size=PATCH, max_num_patches=PATCHES, do_resize=False, do_rescale=False, do_normalize=False
     )
     expected = processor(images=[image[0]], return_tensors="pt", input_data_format="channels_first")
-    pixels, _, shapes = host_of(siglip2()).inputs(image)
+    pixels, _, shapes = description_of(siglip2()).inputs(image)
     torch.testing.assert_close(pixels, expected["pixel_values"])
     assert torch.equal(shapes, expected["spatial_shapes"].long()) and expected["pixel_attention_mask"].all()
 
@@ -1140,7 +1157,7 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 
 
 def wrap_fsdp2(model: nn.Module) -> nn.Module:
-    for block in families.host(model).blocks:
+    for block in description_of(model).blocks:
         fsdp.fully_shard(block)
     return fsdp.fully_shard(model)
 

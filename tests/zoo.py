@@ -23,8 +23,9 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 import squeezevit as sv
-from squeezevit.families import host_of
-from squeezevit.reducer import Reducer, Staged
+from squeezevit.core.cut import description_of
+from squeezevit.core.reducer import Reducer, Staged
+from squeezevit.reducers.catalog import method
 
 SIZE, PATCH, DIM, DEPTH, HEADS, CLASSES = 64, 8, 48, 4, 3, 10
 PATCHES = (SIZE // PATCH) ** 2
@@ -62,7 +63,7 @@ REDUCERS: dict[str, Reducer] = {
     "topk": sv.TopK(keep=0.6),
     "tome": sv.ToMe(r=9),
     "random": sv.Random(keep=0.6, seed=5),
-    "preset": replace(sv.preset("training-free"), keep=0.8),
+    "preset": replace(method("training-free").template(), keep=0.8),
 }
 
 
@@ -303,12 +304,19 @@ def reduce(model: Any, reducer: Reducer, seed: int = 0) -> Any:
 
 def blocks(model: nn.Module) -> Sequence[nn.Module]:
     """Transformer blocks of a model of any family."""
-    return host_of(model).blocks
+    return description_of(model).blocks
 
 
 def prefix(model: nn.Module) -> int:
     """How many class, distillation and register tokens a model of any family has."""
-    return host_of(model).prefix
+    return description_of(model).prefix
+
+
+def replace_block(model: nn.Module, index: int, block: nn.Module) -> None:
+    """Put another block where block number `index` is."""
+    old = blocks(model)[index]
+    path = next(path for path, module in model.named_modules() if module is old)
+    model.set_submodule(path, block)
 
 
 def switched_off(reducer: Reducer) -> Reducer:

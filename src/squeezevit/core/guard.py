@@ -151,9 +151,11 @@ class Forwards:
             self.shared.whole = True
             return
         thread = threading.get_ident()
+        if thread not in self._inside:
+            self.current().clear()  # of what a forward that failed has left
         with self._lock:
             self._inside[thread] = self._inside.get(thread, 0) + 1
-            self.crowded = len(self._inside) > 1
+            self.crowded = self.crowded or len(self._inside) > 1
 
     def exit(self) -> None:
         """The model ends."""

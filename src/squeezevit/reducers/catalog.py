@@ -8,6 +8,7 @@ import difflib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, cast
 
@@ -62,7 +63,6 @@ _ROWS = (
 )  # fmt: skip
 _METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 _ALIASES = {"preset": "training-free"}
-_LOADED: set[str] = set()  # entry points that were asked
 
 
 def register(row: Method) -> Method:
@@ -78,11 +78,14 @@ def register(row: Method) -> Method:
 
 def methods() -> dict[str, Method]:
     """All rows by name, those of installed packages included."""
-    for point in entry_points(group="squeezevit.methods"):
-        if point.value not in _LOADED:
-            _LOADED.add(point.value)
-            point.load()
+    _load_installed()
     return dict(_METHODS)
+
+
+@cache
+def _load_installed() -> None:
+    for point in entry_points(group="squeezevit.methods"):
+        point.load()
 
 
 def import_methods(module: str) -> None:
