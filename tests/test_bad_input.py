@@ -213,13 +213,13 @@ def test_models_that_are_not_known(make):
         name,
         "is not a model that SqueezeViT knows",
         "`squeezevit families`",
-        "squeezevit.families.host",
+        "squeezevit.extend.describe",
     )
 
 
 def test_a_wrapped_model_is_found_inside():
     wrapped = nn.Sequential(nn.Identity(), zoo.build("plain"))
-    refused_by(wrapped, sv.ETPS(), UnsupportedError, "torch.nn.modules.container.Sequential", "give model.1 to sv.reduce_")
+    refused_by(wrapped, sv.ETPS(), UnsupportedError, "torch.nn.modules.container.Sequential", "give model[1] to sv.reduce_")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_host_block_that_differs_from_its_halves(kind, index):
         f"block {index}, test_bad_input.{kind.__name__}",
         "its two halves do not add up",
         "differ by",
-        "Register",
+        "register attn_half, mlp_half and attention",
     )
 
 

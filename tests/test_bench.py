@@ -1,18 +1,24 @@
 """The limit slices as the reducer counts, timings compare like with like, and plans meet their budget."""
 
+import json
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 import squeezevit as sv
 from squeezevit.bench.limit import Slice, SliceBefore
-from squeezevit.bench.run import _limit, measure, share_weights
+from squeezevit.bench.machine import header, write_json
+from squeezevit.bench.run import _limit, measure
 from squeezevit.bench.timing import Timings, alternate
+from squeezevit.budget.plan import plan_macs
+from squeezevit.budget.solve import TOLERANCE
+from squeezevit.core.macs import fake_trace, token_counts
+from squeezevit.core.running import share_weights
+from squeezevit.data.probe import cosine, extract, fit_probe
 from squeezevit.errors import ConfigError
-from squeezevit.macs import fake_trace, token_counts
-from squeezevit.plan import TOLERANCE, plan_macs, tome
 
 
 @pytest.fixture
@@ -98,9 +104,10 @@ def test_plan_says_what_can_be_reached(model):
 
 
 def test_fractional_r_is_spread_evenly():
-    assert sum(tome(2.5, 12).r) == 30
-    assert set(tome(2.5, 12).r) == {2, 3}
-    assert tome(0, 3).r == (0, 0, 0)
+    found = sv.ToMe().at_strength(0.5, patches=10, depth=12)  # 2.5 a block
+    assert sum(found.r) == 30
+    assert set(found.r) == {2, 3}
+    assert sv.ToMe().at_strength(0.0, patches=10, depth=3).r == (0, 0, 0)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -110,3 +117,24 @@ def test_compiled_variants_are_measured():
     assert speed.images_per_second > 0
     with pytest.raises(ConfigError, match=r"compiled='fast' is no mode of torch.compile; choose from default, reduce-overhead"):
         measure(model, [sv.ETPS(keep=0.5)], 2, rounds=1, compiled="fast")
+
+
+def test_a_results_file_says_when_how_and_on_what_and_holds_numbers(tmp_path):
+    write_json(tmp_path / "r.json", {**header(), "rows": [{"n": np.float32(0.5), "right": np.bool_(True), "reducer": sv.ToMe(3)}]})
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert list(content) == ["created", "command", "machine", "versions", "rows"]
+    assert content["machine"]["device"] == "cpu" and content["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert content["rows"] == [{"n": 0.5, "right": True, "reducer": "ToMe(r=3)"}]
+
+
+def test_a_probe_is_fitted_on_some_features_and_judges_others():
+    labels, noise = np.arange(40) % 2 == 0, np.random.RandomState(0).randn(40, 3).astype(np.float32)
+    features = noise + 9 * labels[:, None]
+    probe = fit_probe(features[:30], labels[:30], features[30:], labels[30:])
+    assert probe.hits(probe.features).all() and probe.hits(-probe.features + 9).mean() < 0.2
+    assert probe.strength == fit_probe(features[:30], labels[:30], features[30:], labels[30:]).strength
+    expected = torch.nn.functional.cosine_similarity(torch.from_numpy(features), torch.from_numpy(noise)).numpy()
+    assert np.allclose(cosine(features, noise), expected, atol=1e-6)
+    said = []
+    found = extract(torch.nn.Flatten(), [torch.ones(2, 3), torch.zeros(1, 3)], lambda *step: said.append(step), "ones")
+    assert found.shape == (3, 3) and said == [("ones", 1, 2), ("ones", 2, 2)]

@@ -8,9 +8,10 @@ from PIL import Image
 
 import squeezevit as sv
 import zoo
-from squeezevit import calibrate as job
 from squeezevit import cli
-from squeezevit.calibrate import calibrate
+from squeezevit.budget import calibrate as job
+from squeezevit.budget.calibrate import calibrate
+from squeezevit.budget.meter import Meter
 from squeezevit.errors import ConfigError, DataError
 
 
@@ -49,7 +50,7 @@ def test_fidelity_is_the_cosine_with_the_unreduced_features(model):
 
 def test_the_search_begins_at_the_templates_own_ratios(model):
     """In their proportions, whatever the share."""
-    search = job._Search(model, sv.Squeeze(keep=(0.9, 0.7, 0.5), at=(0, 2, 4)), 0.6, [zoo.images(2)], None)
+    search = job._Search(Meter(model), sv.Squeeze(keep=(0.9, 0.7, 0.5), at=(0, 2, 4)), 0.6, [zoo.images(2)])
     at, weights = search.start
     assert at == (0, 2, 4) and weights == pytest.approx([0.274, 0.926, 1.8], abs=2e-3)
     keep = search.reducer(search.start).keep
@@ -57,7 +58,7 @@ def test_the_search_begins_at_the_templates_own_ratios(model):
 
 
 def test_changes_are_valid_schedules_and_one_step_away(model):
-    search = job._Search(model, sv.ETPS(at=(1, 3, 4)), 0.6, [zoo.images(2)], None)
+    search = job._Search(Meter(model), sv.ETPS(at=(1, 3, 4)), 0.6, [zoo.images(2)])
     changes = list(search.changes(search.start))
     assert len(changes) == len(set(changes))
     for at, weights in changes:

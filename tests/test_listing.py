@@ -10,7 +10,8 @@ import pytest
 
 import squeezevit as sv
 from squeezevit import cli
-from squeezevit.families import families, host_of, table
+from squeezevit.core import supported
+from squeezevit.core.supported import listing
 
 DOCS = Path(__file__).parent.parent / "docs" / "models.md"
 
@@ -18,10 +19,10 @@ DOCS = Path(__file__).parent.parent / "docs" / "models.md"
 def test_the_table_in_the_docs_is_the_one_in_the_code():
     text = DOCS.read_text()
     generated = text.split("<!-- generated -->\n")[1].split("<!-- end -->")[0]
-    assert generated == table.as_markdown(), "docs/models.md is out of date: paste what table.as_markdown() gives"
+    assert generated == supported.as_markdown(), "docs/models.md is out of date: paste what supported.as_markdown() gives"
 
 
-@pytest.mark.parametrize("family", families(), ids=lambda f: f.library)
+@pytest.mark.parametrize("family", listing(), ids=lambda f: f.library)
 def test_the_installed_version_is_a_tested_one_and_has_the_classes(family):
     pytest.importorskip(family.library)
     assert family.tested, f"{family.library} {family.installed}: test it, then widen the range"
@@ -36,15 +37,15 @@ def test_the_installed_version_is_a_tested_one_and_has_the_classes(family):
     ("installed", "tested"), [("1.0.19", False), ("1.0.20", True), ("1.0.31.dev0", True), ("1.1", False), (None, False)]
 )
 def test_versions_compare_as_numbers(installed, tested, monkeypatch):
-    monkeypatch.setattr(table.Family, "installed", installed)
-    assert families()[0].tested is tested
+    monkeypatch.setattr(supported.Family, "installed", installed)
+    assert listing()[0].tested is tested
 
 
 def test_an_untested_version_warns_once_and_works():
     code = """
 import warnings, timm
-from squeezevit.families import table
-table.TABLE = tuple(table.replace(f, before="1.0.21") if f.library == "timm" else f for f in table.TABLE)
+from squeezevit.core import supported
+supported.TABLE = tuple(supported.replace(f, before="1.0.21") if f.library == "timm" else f for f in supported.TABLE)
 import squeezevit as sv
 model = timm.create_model("vit_tiny_patch16_224", depth=4)
 with warnings.catch_warnings(record=True) as found:
@@ -52,7 +53,7 @@ with warnings.catch_warnings(record=True) as found:
     sv.reduce_(model, sv.ETPS())
     sv.reduce_(model, sv.TopK())
 print([str(w.message) for w in found])
-""".replace("table.replace", "__import__('dataclasses').replace")
+""".replace("supported.replace", "__import__('dataclasses').replace")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.count("is not among the versions that SqueezeViT was tested with, 1.0.20 to below 1.0.21") == 1
 
@@ -61,14 +62,14 @@ def test_the_command_lists_them(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["families"])
     said = capsys.readouterr().out
-    assert all(f.library in said for f in families())
+    assert all(f.library in said for f in listing())
     assert "DINOv3ViTModel" in said and "within windows" in said
 
 
 def test_the_module_lists_itself():
-    assert sv.families() == families() and sv.families.host_of is host_of
+    assert sv.families() == listing()
 
 
 def test_names_of_refused_classes_are_listed_by_reason():
-    f = replace(families()[0], refused={"A": "x", "B": "y", "C": "x"})
+    f = replace(listing()[0], refused={"A": "x", "B": "y", "C": "x"})
     assert f.reasons == {"x": ["A", "C"], "y": ["B"]}

@@ -11,8 +11,8 @@ import squeezevit as sv
 import zoo
 from oracles import head_macs, stage_counts, tokens_per_block, vit_macs
 from questions import assert_same_snapshot, planned_counts, quantise, snapshot
+from squeezevit.core.macs import token_counts
 from squeezevit.errors import ConfigError, UnsupportedError
-from squeezevit.macs import token_counts
 
 pytestmark = pytest.mark.usefixtures("no_gumbel_noise")
 

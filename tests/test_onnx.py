@@ -1,12 +1,16 @@
-"""Reduced models leave torch as ONNX, any batch size, and onnxruntime gives what torch gives."""
+"""Reduced models leave torch as ONNX by both of its exporters, any batch size, and onnxruntime gives what torch gives."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import zoo
+from squeezevit.core.reducer import Reducer, Staged
+from squeezevit.reducers.catalog import method, methods
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -14,6 +18,7 @@ CASES = [
     *[("plain", name) for name in ("etps", "etps-mass", "dtps", "evit", "topk", "tome", "preset")],
     *[(kind, "preset") for kind in ("qk-norm", "registers", "average-pool", "dinov3", "torchvision")],
 ]
+METHODS = [name for name, row in methods().items() if row.make.__module__.startswith("squeezevit.")]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=lambda value: value)
@@ -25,8 +30,45 @@ def test_onnxruntime_agrees_at_any_batch_size(kind, name, tmp_path: Path):
         torch.onnx.export(
             model, (zoo.images(2),), file, dynamo=False, input_names=["images"], output_names=["out"], dynamic_axes=axes
         )
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for batch in (1, 2, 5):
-        x = zoo.images(batch, seed=batch)
-        (found,) = session.run(None, {"images": x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), zoo.run(model, x), rtol=1e-4, atol=1e-5)
+        assert_agrees(file, model, batch)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_default_exporter_at_any_batch_size(name, tmp_path: Path):
+    model, file = small(name), str(tmp_path / "model.onnx")
+    export(model, file, dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for batch in (1, 2, 5):
+        assert_agrees(file, model, batch)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_default_exporter_at_one_batch_size(name, tmp_path: Path):
+    model, file = small(name), str(tmp_path / "model.onnx")
+    export(model, file, optimize=False)  # which takes the longest, and is asked above
+    assert_agrees(file, model, 2)
+
+
+def small(name: str) -> torch.nn.Module:
+    """One block, or two where the second must know what the first did."""
+    reducer = method(name).template()
+    return zoo.reduce(zoo.build("plain", depth=2 if reducer.weighs else 1), in_first_block(reducer))
+
+
+def in_first_block(reducer: Reducer) -> Reducer:
+    if isinstance(reducer, Staged):
+        return replace(reducer, keep=0.6, at=(0,))
+    return replace(reducer, r=(9, 0)) if reducer.weighs else reducer
+
+
+def export(model: torch.nn.Module, file: str, **options: Any) -> None:
+    pytest.importorskip("onnxscript")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # deprecations within the exporter
+        torch.onnx.export(model, (zoo.images(2),), file, dynamo=True, verbose=False, **options)
+
+
+def assert_agrees(file: str, model: torch.nn.Module, batch: int) -> None:
+    session, x = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]), zoo.images(batch, seed=batch)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), zoo.run(model, x), rtol=1e-4, atol=1e-5)

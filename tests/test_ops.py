@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
-from squeezevit import ops
+from squeezevit.core import ops
 
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(0, 9), st.integers(2, 6))  # B, K, R, C
 SEEDS = st.integers(0, 2**31)
@@ -238,6 +239,82 @@ def test_gradients_are_right():
     expected = torch.autograd.grad(literal.square().sum(), oracle_in)
     for found, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def pairwise_results(n: int, channels: int = 8) -> dict[str, tuple[torch.Tensor, ...]]:
+    """What every function gives that multiplies all tokens with all others, for n of them."""
+    q, k, mass = tokens(0, 2, 2, n, channels), tokens(1, 2, 2, n, channels), tokens(2, 2, n).exp()
+    a, b, c = tokens(3, 2, n // 2, channels), tokens(4, 2, n - n // 2, channels), tokens(5, 2, n, channels)
+    return {
+        "received": (ops.received_attention(q, k),),
+        "received by mass": (ops.received_attention(q, k, mass.log()[:, None, None], mass),),
+        "match": ops.match(b, a),
+        "best_match": ops.best_match(a, b),
+        "uniqueness": (ops.uniqueness(c, mass),),
+    }
+
+
+@pytest.mark.parametrize("n", [2, 5, 12, 13, 40])
+def test_blocks_of_rows_change_nothing(n, monkeypatch):
+    whole = pairwise_results(n)
+    for name, value in (("_PRODUCTS", 1), ("_ROWS", 6), ("_TRIANGLE", 4)):
+        monkeypatch.setattr(ops, name, value)
+    for name, found in pairwise_results(n).items():
+        for x, y in zip(found, whole[name], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_no_tokens_to_match():
+    along, index = ops.best_match(torch.zeros(2, 0, 4), torch.zeros(2, 3, 4))
+    assert along.shape == index.shape == (2, 0)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            self.numbers = max(self.numbers, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("n", [1000, 2000, 4000])
+def test_memory_grows_with_tokens_and_not_with_their_square(n):
+    with Largest() as largest, torch.inference_mode():
+        pairwise_results(n)
+    assert largest.numbers <= 2 * max(2**19, 256 * n)  # of two images
+
+
+def test_one_block_where_the_number_of_tokens_is_a_symbol():
+    class Scores(torch.nn.Module):
+        def forward(self, q, k):
+            hosts, cosine = ops.match(k[:, 0], q[:, 0])
+            return ops.received_attention(q, k), ops.uniqueness(q[:, 0], k[:, 0, :, 0]), hosts, cosine
+
+    length = {2: torch.export.Dim("n", min=4, max=5000)}
+    q, k = tokens(0, 1, 2, 900, 8), tokens(1, 1, 2, 900, 8)
+    exported = torch.export.export(Scores(), (q, k), dynamic_shapes=(length, length)).module()
+    for n in (40, 300, 900, 1200):
+        q, k = tokens(n, 1, 2, n, 8), tokens(n + 1, 1, 2, n, 8)
+        for found, expected in zip(exported(q, k), Scores()(q, k), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("n", [196, 1500])
+def test_what_is_compiled_has_few_blocks(n):
+    blocks = []
+
+    def count(graph, inputs):
+        blocks.append(sum("softmax" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    q, k = tokens(0, 1, 1, n, 8), tokens(1, 1, 1, n, 8)
+    compiled = torch.compile(ops.received_attention, fullgraph=True, dynamic=False, backend=count)
+    torch.testing.assert_close(compiled(q, k), ops.received_attention(q, k), rtol=1e-5, atol=1e-8)
+    assert blocks == [1 if n == 196 else 4]
 
 
 def literal_fuse(reserved: torch.Tensor, pruned: torch.Tensor, hosts: list[int]) -> torch.Tensor:

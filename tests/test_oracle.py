@@ -8,7 +8,7 @@ import torch
 import oracles
 import squeezevit as sv
 import zoo
-from squeezevit.reducer import Reducer
+from squeezevit.core.reducer import Reducer
 
 MODELS = pytest.mark.parametrize("model", list(zoo.MODELS))
 KEEPS = (0.7, 0.5, 0.3)

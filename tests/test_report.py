@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +19,13 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # noqa: E402
 
-from squeezevit import demo  # noqa: E402
-from squeezevit.errors import DataError  # noqa: E402
+from squeezevit.errors import ConfigError, DataError  # noqa: E402
+from squeezevit.reducers import TopK, catalog  # noqa: E402
 from squeezevit.report import (  # noqa: E402
     Panel,
     Stage,
     charts,
+    demo,
     draw_stage,
     figure,
     panels,
@@ -33,7 +36,12 @@ from squeezevit.report.charts import accuracy_chart, cosine_chart, speed_chart  
 from squeezevit.report.findings import findings, ties  # noqa: E402
 from squeezevit.report.html import picture_uri  # noqa: E402
 from squeezevit.report.overlay import group_colours, outline_mask, palette, patch_of_pixel  # noqa: E402
+from squeezevit.report.rows import current, method_name  # noqa: E402
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+LABELS = {
+    "etps": "eTPS", "etps+mass": "eTPS+mass", "evit": "EViT", "topk": "TopK", "tome": "ToMe", "random": "Random",
+}  # fmt: skip
 GREY = np.full((224, 224, 3), 150, dtype=np.uint8)
 VOID = {"meta", "img", "br", "wbr", "hr", "link", "input"}
 
@@ -66,7 +74,7 @@ def trace(stages: list[tuple[list[int], list[int] | None]], patches: int, extra:
 def row(method: str, target: float, accuracy: float, **other: Any) -> dict[str, Any]:
     return {
         "method": method,
-        "label": method.replace("ETPS", "eTPS"),
+        "label": LABELS.get(method, method),
         "reducer": f"{method}(at=(3, 6, 9))",
         "target": target,
         "macs": int(target * 6e9),
@@ -87,7 +95,7 @@ def row(method: str, target: float, accuracy: float, **other: Any) -> dict[str, 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    methods = {"ETPS": 0.83, "ETPS+mass": 0.845, "EViT": 0.8, "TopK": 0.76, "ToMe": 0.842, "Random": 0.81}
+    methods = {"etps": 0.83, "etps+mass": 0.845, "evit": 0.8, "topk": 0.76, "tome": 0.842, "random": 0.81}
     rows = [row(m, t, a - (0.65 - t) / 5) for t in (0.65, 0.5, 0.35) for m, a in methods.items()]
     return {
         "created": "2000-01-01T00:00:00+00:00",
@@ -367,7 +375,7 @@ def test_findings_follow_the_numbers(results: dict[str, Any]) -> None:
     assert "TopK at 65 %, 50 % and 35 %" in said["Over all budgets"][1]
     turned = copy.deepcopy(results)
     for other in turned["rows"]:
-        other["accuracy"] = 0.95 if other["method"] == "TopK" else 0.7
+        other["accuracy"] = 0.95 if other["method"] == "topk" else 0.7
         other["paired_difference"] = other["accuracy"] - 0.85
     said = dict(findings(turned))
     assert said["At 50 % of the MACs"][0].startswith("Highest accuracy: TopK")
@@ -388,7 +396,69 @@ def test_pictures_are_made_to_fit() -> None:
     assert abs(size[0] * 600 - size[1] * 800) < 800
 
 
-def test_every_method_of_the_demo_has_a_style_and_a_marker_of_its_own():
-    found = [charts.marker_svg(style) for style in charts._KNOWN.values()] + [charts.marker_svg(s) for s in charts._SPARE]
-    assert len(set(found)) == len(found)
-    assert set(demo.NAMES.values()) - {"Identity"} <= set(charts._KNOWN)
+def test_every_method_of_the_demo_has_a_look_of_its_own_and_so_have_four_strangers() -> None:
+    names = [*demo.compared(), "dtps", "dynamicvit", "a", "b", "c", "d"]
+    looks = list(charts.looks(names).values())
+    assert len({look.marker for look in looks}) == len({look.light for look in looks}) == len(looks)
+    found = {charts.marker_svg(style) for style in charts.styles([{"method": name} for name in names]).values()}
+    assert len(found) == len(names)
+
+
+def test_a_stranger_is_drawn_as_it_says_or_in_a_spare_look(
+    results: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = catalog.Look("red", "pink", "4")  # a marker that the report has no shape for
+    for row in (catalog.Method("mine", "mine", TopK, look=own), catalog.Method("yours", "yours", TopK)):
+        monkeypatch.setitem(catalog._METHODS, row.name, row)
+    for other in results["rows"]:
+        if other["method"] in ("topk", "random"):
+            other.update(method={"topk": "mine", "random": "yours"}[other["method"]])
+    page, source = render(results, tmp_path)
+    assert "--m-mine: red;" in source and "--m-mine: pink;" in source
+    assert "var(--m-mine, #ff0000)" in source and "var(--m-spare-0, " in source
+    assert page.words.count("This run holds no values") == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "part"), [("demo", None), ("methods_cpu", None), ("bench", None), ("training_free", "emoji"), ("dense", None)]
+)
+def test_earlier_results_are_read_by_the_names_of_today(file: str, part: str | None) -> None:
+    content = json.loads((RESULTS / f"{file}.json").read_text())
+    rows = (content if part is None else content[part])["rows"]
+    known = catalog.methods()
+    for old, row in zip(rows, map(current, rows), strict=True):
+        assert row["method"] in known
+        assert row["label"] == known[row["method"]].label
+        assert {k: v for k, v in row.items() if k not in ("method", "label")} == {
+            k: v for k, v in old.items() if k not in ("method", "label")
+        }
+    if file == "demo":
+        assert tuple(dict.fromkeys(map(method_name, rows))) == demo.compared()
+
+
+def test_the_committed_demo_becomes_a_report(tmp_path: Any) -> None:
+    page, source = render(json.loads((RESULTS / "demo.json").read_text()), tmp_path)
+    labels = [cells[0] for cells in page.cells if len(cells) > 1]
+    assert sum(label.startswith("training-free") for label in labels) == 3
+    assert not any(label.startswith("preset") for label in labels)
+    assert "var(--m-training-free, #1d7a2c)" in source
+    assert "--m-spare-" not in source.split("</style>")[1]
+    assert "random pruning by more than one standard error" in page.words
+
+
+def test_a_method_that_nobody_knows_keeps_its_name() -> None:
+    assert current({"method": "Somebody's", "label": "theirs"}) == {"method": "Somebody's", "label": "theirs"}
+    assert current({"method": "EViT", "label": "EViT (normalised)"})["method"] == "evit+norm"
+    assert current({"method": "EViT"}) == {"method": "evit", "label": "EViT"}
+
+
+def test_the_demo_compares_the_methods_asked_for() -> None:
+    names = [row.name for row in demo.chosen(demo.Settings(methods=("ToMe", "preset", "identity", "tome")))]
+    assert names == ["tome", "training-free"]
+    assert demo.compared() == ("training-free", "etps", "etps+mass", "evit+norm", "topk", "tome", "random")
+    with pytest.raises(ConfigError, match="'nonsense' is not known"):
+        demo.chosen(demo.Settings(methods=("nonsense",)))
+    with pytest.raises(ConfigError, match="dtps scores by heads that are learned"):
+        demo.chosen(demo.Settings(methods=("dtps",)))
+    with pytest.raises(ConfigError, match="leaves nothing to compare"):
+        demo.chosen(demo.Settings(methods=("identity",)))

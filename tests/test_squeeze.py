@@ -8,13 +8,13 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from squeezevit.budget.presets import PRESETS
 
 import squeezevit as sv
 import zoo
-from squeezevit import kernels
+from squeezevit.core import kernels
+from squeezevit.core.reducer import Carry, Stage
 from squeezevit.errors import ConfigError
-from squeezevit.presets import PRESETS
-from squeezevit.reducer import Carry, Stage
 
 
 @pytest.mark.parametrize("kind", ["plain", "average-pool", "registers"])

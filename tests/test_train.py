@@ -1,11 +1,15 @@
 """`squeezevit train`: short real runs, and everything that can interrupt or spoil one."""
 
 import csv
+import hashlib
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -16,9 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from squeezevit.attach import state_of
 from squeezevit.checkpoint import save_checkpoint
 from squeezevit.cli import main
+from squeezevit.core.attach import state_of
 from squeezevit.errors import CheckpointError, ConfigError, DataError, SqueezeViTError, TrainingError
 from squeezevit.train import build, checkpoints, data, loop, sharding
 from squeezevit.train.config import Config, load_config, recipes, to_dict, to_yaml
@@ -37,6 +41,7 @@ TINY = [
     "epochs=2",
     "tensorboard=false",
 ]
+forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 PLAIN = ["augment.color_jitter=0", "augment.hflip=0", "augment.crop_scale=1,1", "augment.smoothing=0"]
 
 
@@ -306,8 +311,406 @@ def test_resume_refuses_another_configuration_data_or_file(photos, tmp_path):
     with pytest.raises(ConfigError, match=r"epochs \(2, now 3\), optimizer.lr \(0.001, now 0.5\)"):
         train(changed, resume=True)
     (tmp_path / "out/last/state.pt").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"state\.pt is not what was written"):
+        train(c, resume=True)
+    (tmp_path / "out/last/SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="training state"):
         train(c, resume=True)
+
+
+def zeroed_page(run: Path) -> None:
+    content = bytearray((run / "last/state.pt").read_bytes())
+    content[8192 : 2 * 8192] = bytes(8192)
+    (run / "last/state.pt").write_bytes(content)
+
+
+def flipped_bit(run: Path) -> None:
+    content = bytearray((run / "last/model.safetensors").read_bytes())
+    content[-1000] ^= 1
+    (run / "last/model.safetensors").write_bytes(content)
+
+
+SPOILT = {
+    "a flipped bit": (flipped_bit, r"model\.safetensors is not what was written"),
+    "a zeroed page": (zeroed_page, r"state\.pt is not what was written"),
+    "the weights of best": (
+        lambda run: shutil.copy(run / "best/model.safetensors", run / "last/model.safetensors"),
+        r"model\.safetensors is not what was written.*comes from another checkpoint",
+    ),
+    "all of best": (
+        lambda run: [shutil.copy(run / f"best/{name}", run / f"last/{name}") for name in ("model.safetensors", "SHA256SUMS")],
+        r"last does not hold what was written: SHA256SUMS lists model\.safetensors, there are model\.safetensors, state\.pt",
+    ),
+    "a file gone": (lambda run: (run / "last/model.safetensors").unlink(), "last does not hold what was written"),
+    "no sums": (lambda run: (run / "last/SHA256SUMS").unlink(), "last lacks SHA256SUMS"),
+    "spoilt sums": (lambda run: (run / "last/SHA256SUMS").write_bytes(b"\xff\x00 x"), "last does not hold what was written"),
+}
+
+
+def test_a_checkpoint_that_is_not_as_written_is_refused(photos, tmp_path):
+    """Whatever a disk, a copy or somebody's hand did to it; put back, it resumes to the same bits."""
+    c = config(photos, tmp_path / "out")
+    train(c, progress=interrupt_at(6))
+    for kind, (spoil, message) in SPOILT.items():
+        shutil.copytree(c.out, tmp_path / kind)
+        spoil(tmp_path / kind)
+        with pytest.raises(CheckpointError, match=message):
+            train(replace(c, out=str(tmp_path / kind)), resume=True)
+    flipped_bit(tmp_path / "out")
+    starting = replace(c, out=str(tmp_path / "new"), model=replace(c.model, checkpoint=f"{c.out}/last/model.safetensors"))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
+        train(starting)
+    flipped_bit(tmp_path / "out")  # back again
+    train(c, resume=True)
+    train(config(photos, tmp_path / "whole"))
+    assert same_weights(tmp_path / "out/last/model.safetensors", tmp_path / "whole/last/model.safetensors")
+    listed = dict(reversed(line.split()) for line in (tmp_path / "out/last/SHA256SUMS").read_text().splitlines())
+    assert listed == {name: sha256(tmp_path / "out/last" / name) for name in ("model.safetensors", "state.pt")}
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def as_written_before(run: Path, classes: list[str] | None) -> None:
+    """Make a checkpoint what the first version wrote: no sums, no names, fewer facts and fields."""
+    state = checkpoints.load_state(run / "last/state.pt")
+    for name in ("train_list", "val_list"):
+        del state["data"][name]
+    for name in ("upright", "classes"):
+        del state["config"]["data"][name]
+    del state["classes"]
+    checkpoints.save_state({**state, "format": 1}, run / "last/state.pt")
+    for folder in ("last", "best"):
+        (run / folder / "SHA256SUMS").unlink(missing_ok=True)
+    if classes is not None:
+        (run / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+
+
+def test_runs_of_the_first_version_go_on_as_they_began(tmp_path, caplog):
+    """Photographs as stored, classes in the order of text: as bits say, whatever today's defaults are."""
+    rng, names = np.random.default_rng(0), ["1", "2", "10"]
+    for split, n in (("train", 8), ("val", 3)):
+        for i, name in enumerate(names):
+            write_images(tmp_path / "set" / split / name, range(n), rng, 60 + 60 * i)
+            lying = Image.open(tmp_path / "set" / split / name / "0.png")
+            lying.getexif()[0x0112] = 6
+            lying.save(tmp_path / "set" / split / name / "0.png", exif=lying.getexif())
+    (tmp_path / "text.txt").write_text("\n".join(sorted(names)))
+    as_text = [f"data.classes={tmp_path / 'text.txt'}", "data.upright=false"]
+    train(config(tmp_path / "set", tmp_path / "whole", *as_text))
+    train(config(tmp_path / "set", tmp_path / "old", *as_text), progress=interrupt_at(4))
+    as_written_before(tmp_path / "old", sorted(names))
+    for interruption in (interrupt_at(5), None):  # what it went on from then is no checkpoint of the first version any more
+        train(config(tmp_path / "set", tmp_path / "old"), resume=True, progress=interruption)
+        assert "as they are stored" in caplog.text
+        caplog.clear()
+    assert same_weights(tmp_path / "old/last/model.safetensors", tmp_path / "whole/last/model.safetensors")
+    assert (tmp_path / "old/classes.txt").read_text().split() == sorted(names)
+    train(config(tmp_path / "set", tmp_path / "today"))
+    assert (tmp_path / "today/classes.txt").read_text().split() == names
+    assert not same_weights(tmp_path / "today/last/model.safetensors", tmp_path / "whole/last/model.safetensors")
+
+
+def test_a_resume_on_other_classes_or_images_is_refused(photos, tmp_path):
+    """A renamed folder would permute all labels, a renamed image the order; put back, the run goes on."""
+    root = tmp_path / "set"
+    shutil.copytree(photos, root)
+    c = config(root, tmp_path / "out")
+    train(c, progress=interrupt_at(2))
+
+    def rename(old, new):
+        for split in ("train", "val"):
+            (root / split / old).rename(root / split / new)
+
+    rename("ant", "zebra")
+    with pytest.raises(DataError, match=r"classes of .* ant gone, zebra new; give the folders their old names back"):
+        train(c, resume=True)
+    rename("zebra", "ant")
+    image = root / "train/ant/3.png"
+    image.rename(root / "train/bee/33.png")
+    (root / "train/bee/3.png").rename(image)
+    with pytest.raises(DataError, match=r"is not what .* was trained on: .*put the images back"):
+        train(c, resume=True)
+    image.rename(root / "train/bee/3.png")
+    (root / "train/bee/33.png").rename(image)
+    assert train(c, resume=True).signal is None
+
+
+def test_numbered_classes_count_as_numbers_and_a_file_may_say_otherwise(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("1", "2", "10"):
+            write_images(tmp_path / split / name, range(2), rng, 90)
+        paths = sorted((tmp_path / split).glob("*/*.png"))
+        lines = "".join(f"{split}/{p.parent.name}/{p.name},{p.parent.name}\n" for p in paths)
+        (tmp_path / f"{split}.csv").write_text(f"path,label\n{lines}")
+    (tmp_path / "classes.txt").write_text("10\n2\n1\n")
+    for _ in ("tables", "folders"):
+        train_images, val_images = data.open_folder(tmp_path)
+        assert train_images.classes == val_images.classes == ["1", "2", "10"]
+        train_images.warn()
+        assert "natural order, 1, 2, 10" in caplog.text
+        caplog.clear()
+        train_images, val_images = data.open_folder(tmp_path, tmp_path / "classes.txt")
+        assert train_images.classes == val_images.classes == ["10", "2", "1"]
+        assert {train_images.classes[label] for path, label in train_images.samples if Path(path).parent.name == "10"} == {"10"}
+        train_images.warn()
+        assert not caplog.text
+        for split in ("train", "val"):
+            (tmp_path / f"{split}.csv").unlink(missing_ok=True)
+
+
+def test_names_that_are_no_text_do_not_end_a_run(photos, tmp_path):
+    """An unreadable image and a class folder: both are spelt out where text is written."""
+    shutil.copytree(photos, tmp_path / "set")
+    try:
+        for split in ("train", "val"):
+            (tmp_path / "set" / split / "bee").rename(os.fsdecode(os.fsencode(tmp_path / "set" / split) + b"/caf\xe9"))
+        Path(os.fsdecode(os.fsencode(tmp_path / "set/train/ant") + b"/\xe9.png")).write_bytes(b"bad")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    c = config(tmp_path / "set", tmp_path / "out", "data.max_unreadable=0.5", "epochs=1")
+    train(c, progress=interrupt_at(2))
+    assert len(train(c, resume=True).rows) == 1
+    assert (tmp_path / "out/classes.txt").read_text(encoding="utf-8").split() == ["ant", r"caf\udce9"]
+    (row,) = table(tmp_path / "out/unreadable.csv")
+    assert row["path"].endswith(r"\udce9.png")
+
+
+@pytest.fixture
+def fork():
+    """Run a function in a process of its own, which ends with the test at the latest."""
+    children = []
+
+    def start(function) -> int:
+        child = os.fork()
+        if not child:
+            try:
+                function()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        with suppress(ChildProcessError):
+            if os.waitpid(child, os.WNOHANG) == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+@forks
+def test_a_folder_takes_one_run_at_a_time(photos, tmp_path, fork):
+    """Also where the run that had it was killed and its reading processes are still there."""
+    c = config(photos, tmp_path / "out", "epochs=1")
+    Path(c.out).mkdir()
+    reads, writes = os.pipe()
+
+    def hold() -> None:
+        lock = checkpoints.hold(Path(c.out))
+        if os.fork():  # its reading process waits, too
+            os.write(writes, b"!")
+        time.sleep(20)
+        assert lock is not None
+
+    holder = fork(hold)
+    os.read(reads, 1)
+    with pytest.raises(ConfigError, match=rf"out=.* is in use by process {holder} on .*choose another folder"):
+        train(c)
+    assert not (tmp_path / "out/last").exists()
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert train(c).signal is None
+
+
+@forks
+def test_two_writers_never_mix_a_checkpoint(tmp_path, fork):
+    """The second one is refused, by a message that does not speak of room, and the first one's is whole."""
+    folder = tmp_path / "last"
+    began, goes_on = os.pipe(), os.pipe()
+
+    def slowly(new: Path) -> None:
+        (new / "model").write_text("first")
+        os.write(began[1], b"!")
+        os.read(goes_on[0], 1)
+        (new / "state").write_text("first")
+
+    first = fork(lambda: checkpoints.write_folder(folder, slowly))
+    os.read(began[0], 1)
+    with pytest.raises(TrainingError, match=r"being written by another process.*one of its own") as caught:
+        checkpoints.write_folder(folder, lambda new: (new / "model").write_text("second"))
+    assert "room" not in str(caught.value)
+    os.write(goes_on[1], b"!")
+    assert os.waitpid(first, 0)[1] == 0
+    assert {(folder / name).read_text() for name in ("model", "state")} == {"first"}
+    checkpoints.write_folder(folder, lambda new: (new / "model").write_text("second"))
+    assert (folder / "model").read_text() == "second"
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(28, "No space left on device"), "make room"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "make room"),
+        (PermissionError(13, "Permission denied"), "make the folder writable"),
+        (FileNotFoundError(2, "No such file or directory"), "stays where it is"),
+        (RuntimeError("unexpected"), "stays where it is"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_says_what_is_in_the_way(tmp_path, error, remedy):
+    def fails(new):
+        raise error
+
+    with pytest.raises(TrainingError, match=remedy) as caught:
+        checkpoints.write_folder(tmp_path / "last", fails)
+    assert ("make room" in str(caught.value)) == (remedy == "make room")
+
+
+@forks
+@pytest.mark.parametrize("moment", ["an update", "writing"])
+def test_a_killed_reading_process_is_a_clear_error(photos, tmp_path, monkeypatch, moment):
+    """As by a machine short of memory; torch tells of it by a signal, at any line."""
+    c = config(photos, tmp_path / "out", "data.workers=1", "save_every=1")
+
+    def kill(*ignored):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        for _ in range(500):
+            time.sleep(0.01)
+
+    save = checkpoints.save_state
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"died .*Killed.*--resume") as caught:
+        if moment == "writing":
+            patch.setattr(checkpoints, "save_state", lambda *state: kill() if (tmp_path / "out/last").exists() else save(*state))
+        train(c, progress=kill if moment == "an update" else None)
+    assert "room" not in str(caught.value)
+    train(replace(c, data=replace(c.data, workers=0)), resume=True)
+    train(config(photos, tmp_path / "whole"))
+    assert same_weights(tmp_path / "out/last/model.safetensors", tmp_path / "whole/last/model.safetensors")
+
+
+def test_a_process_that_loses_the_others_says_so():
+    lost = RuntimeError("[third_party/gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:6801")
+    with pytest.raises(TrainingError, match=r"another of the 2 processes .*closed by peer.*--resume"), loop._connected(2):
+        raise lost
+    for processes, error in ((1, lost), (2, RuntimeError("of our own"))):
+        with pytest.raises(RuntimeError) as caught, loop._connected(processes):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the second launch would take its device")
+@pytest.mark.parametrize(
+    ("launch", "reason"),
+    [({"OMPI_COMM_WORLD_SIZE": "2"}, "1 found on cpu"), ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ".* expected, but not set")],
+)
+def test_processes_that_do_not_find_each_other_are_refused(photos, tmp_path, monkeypatch, launch, reason):
+    """As on an accelerator that takes one process only: they would write over each other."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"2 processes were launched.* do not find each other \({reason}.*device=cpu"):
+        train(config(photos, tmp_path / "out", "device=auto"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def few_photos(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("few"), np.random.default_rng(0)
+    for split, n in (("train", 4), ("val", 1)):
+        for name, brightness in (("ant", 90), ("bee", 160)):
+            write_images(root / split / name, range(n), rng, brightness)
+    return root
+
+
+SMALLEST = [
+    "model.options={patch_size: 16, embed_dim: 24, depth: 2, num_heads: 3}",
+    "reducer.at=1",
+    "batch_size=4",
+    "save_every=1",
+    "ema.decay=0.9",
+]
+
+
+def copies_at_every_change(c: Config, into: Path) -> None:
+    """Run in a process of its own, leaving what a kill would leave before each call that changes files, each state once."""
+    out, seen, busy = Path(c.out), set(), []
+
+    def before(event: str, args: tuple) -> None:
+        if busy or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            return
+        if event == "open" and not str(args[0]).startswith(c.out):
+            return
+        busy.append(event)
+        lies = tuple((str(p.relative_to(out)), p.read_bytes() if p.is_file() else b"") for p in sorted(out.rglob("*")))
+        if lies and lies not in seen:
+            seen.add(lies)
+            shutil.copytree(out, into / f"{len(seen):03}")
+        busy.clear()
+
+    sys.addaudithook(before)
+    train(c)
+
+
+@forks
+def test_a_run_killed_before_any_call_on_files_resumes_to_the_same_bits(few_photos, tmp_path, fork):
+    c = config(few_photos, tmp_path / "whole", *SMALLEST, "reducer.method=dtps", "augment.mixup=0.8", "epochs=1")
+    killed = tmp_path / "killed"
+    assert os.waitpid(fork(lambda: copies_at_every_change(c, killed)), 0)[1] == 0
+    expected = table(Path(c.out) / "log.csv")
+    moments = sorted(killed.iterdir())
+    assert len(moments) > 20
+    assert any((m / "last.new").exists() and (m / "last.old").exists() and not (m / "last").exists() for m in moments)
+    for moment in moments:
+        train(replace(c, out=str(moment)), resume=True)
+        for name in ("last/model", "last/ema", "best/model", "best/ema"):
+            assert same_weights(moment / f"{name}.safetensors", Path(c.out) / f"{name}.safetensors"), (moment.name, name)
+        assert [untimed(row) for row in table(moment / "log.csv")] == [untimed(row) for row in expected]
+        assert sorted(p.name for p in moment.iterdir()) == sorted(p.name for p in Path(c.out).iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, to be given a size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def size(number: int, option: str = "") -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"{option}size={number}", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
+        if done is None or done.returncode:
+            pytest.skip(f"no file system can be mounted here: {'no mount' if done is None else done.stderr.strip()}")
+        return folder
+
+    yield size
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_really_full_disk_leaves_the_last_good_checkpoint(few_photos, tmp_path, small_disk):
+    """At any size, from one that holds nothing; with room it goes on to the same bits."""
+    whole = config(few_photos, tmp_path / "whole", *SMALLEST)
+    train(whole)
+    needed = sum(f.stat().st_size + 4096 for f in Path(whole.out).rglob("*"))
+    small_disk(2**12)
+    failed = []
+    for share in (0.02, 0.3, 0.6, 0.9, 1.2, 3):
+        out = small_disk(int(share * needed), "remount,") / str(share)
+        try:
+            train(replace(whole, out=str(out)))
+        except (TrainingError, ConfigError) as error:
+            failed.append(share)
+            assert "make room" in str(error), (share, error)
+            good = checkpoints.find_folder(out / "last")
+            assert (good is None) or checkpoints.read_state(good)
+            small_disk(10 * needed, "remount,")
+            train(replace(whole, out=str(out)), resume=True)
+        assert same_weights(out / "last/model.safetensors", tmp_path / "whole/last/model.safetensors")
+        shutil.rmtree(out)
+    assert failed[:3] == [0.02, 0.3, 0.6] and 3 not in failed
 
 
 def test_corrupt_images_are_skipped_counted_and_listed_up_to_a_share(photos, tmp_path):
@@ -340,12 +743,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(photos
     assert checkpoints.load_state(tmp_path / "last/state.pt")["update"] == 2
 
 
-def test_two_processes_follow_the_same_curve_as_one(photos, tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "torchrun --device cpu", "accelerate"])
+def test_two_processes_follow_the_same_curve_as_one(photos, tmp_path, launcher):
+    """As one run, whether they are told to use the CPU or find nothing else."""
     settings = [*TINY, *PLAIN, "accumulate=2", "optimizer.clip=1"]
     result = train(load_config(None, {"data.folder": str(photos), "out": str(tmp_path / "one")}, settings))
-    process = command("--data", photos, "--out", tmp_path / "two", *as_options(settings), processes=2)
+    if "--device cpu" not in launcher:
+        settings.remove("device=cpu")
+    line = ["--data", photos, "--out", tmp_path / "two", *as_options(settings)]
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    if launcher == "accelerate":  # of all its ways the only one that starts several processes on a CPU without MPI
+        options = ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+        shards = ["--use_fsdp", "--fsdp_version=2", *options, "--module", "squeezevit", "train"]
+        process = python("-m", "accelerate.commands.launch", *shards, *line, environment=environment)
+    else:
+        process = command(*line, processes=2, environment=environment)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
+    assert output.count("Best top-1") == 1
     rows = table(tmp_path / "two/log.csv")
     for one, two in zip(result.rows, rows, strict=True):
         assert float(two["loss"]) == pytest.approx(one["loss"], rel=1e-4)
@@ -442,12 +857,68 @@ def test_recipes_load_and_build(name):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"epochs: 3\nout: caf\xe9\n", r"mine\.yaml is not UTF-8 text \(.* at byte 18\); save it as UTF-8"),
+        (b"\x00", "is not YAML"),
+        (b"{" * 9000, "nested too deep"),
+        (b"a: " + b"9" * 5000, r"is not YAML \(Exceeds the limit"),
+        (b"a: &a [" + b"1," * 99 + b"]\nb: &b [" + b"*a," * 99 + b"]\nc: [" + b"*b," * 99 + b"]", "more than 10,000 values"),
+        (b"- 1", "holds a list, not names and values"),
+        (b'"\\x1b[31m' + b"x" * 500 + b'": 1', r"^.{0,90}x\.\.\. is no field"),
+    ],
+    ids=["latin 1", "zero", "deep", "huge", "endless", "list", "name"],
+)
+def test_bad_recipes_are_clear_errors_on_one_screen(tmp_path, content, message):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(tmp_path / "mine.yaml")
+    assert len(str(caught.value)) < 1500 and "\x1b" not in str(caught.value)
+    with pytest.raises(ConfigError, match="neither a YAML file nor a recipe"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config("x" * 5000)
+
+
+def test_fewer_epochs_than_a_recipe_anneals_shorten_that_in_proportion(tmp_path, caplog):
+    """`finetune-small --epochs 1`: 2 of 15 epochs of annealing become 2/15 of one."""
+    c = load_config("finetune-small", {"epochs": 1})
+    assert (c.reducer.anneal_epochs, c.schedule.warmup_epochs) == (0.1333, 0.0667)
+    assert "epochs=1 instead of the recipe's 15" in caplog.text and "reducer.anneal_epochs=0.1333 (of 2)" in caplog.text
+    assert load_config("finetune-small", {}, ["epochs=1"]) == c
+    (tmp_path / "mine.yaml").write_text(to_yaml(c))
+    caplog.clear()
+    assert load_config(tmp_path / "mine.yaml") == c
+    assert load_config("finetune-small", {"epochs": 2}).reducer.anneal_epochs == 2
+    assert not caplog.text
+    with pytest.raises(ConfigError, match=r"anneal_epochs=3 is longer than epochs=1"):
+        load_config("finetune-small", {"epochs": 1}, ["reducer.anneal_epochs=3"])
+
+
+@pytest.mark.parametrize(
     ("setting", "message"),
     [
         ("optimiser.lr=1", r"optimiser.* is no field.*optimizer\.lr"),
         ("lr=1", r"lr is no field.*did you mean optimizer\.lr"),
         ("optimizer.lr=-1", r"optimizer\.lr=-1 cannot be used; give a number above 0"),
         ("optimizer.lr=fast", r"optimizer\.lr='fast' cannot be used"),
+        (
+            "epochs=9" + "9" * 100,
+            r"epochs=9{50,57}\.\.\. cannot be used; give a whole number of 1 or more, below 9,223,372,036,854,775,808",
+        ),
+        ("model.image_size=" + "9" * 10, r"image_size=9999999999 cannot be used; give a whole number from 1 to 8192"),
+        ("data.workers=100000", r"workers=100000 cannot be used; give a whole number from 0 to 256"),
+        ("augment.repeats=100000", r"repeats=100000 cannot be used; give a whole number from 1 to 100"),
+        ("epochs=0x" + "f" * 5000, r"epochs=a number of thousands of digits cannot be used"),
+        ("seed=" + "9" * 5000, r"is not YAML \(Exceeds the limit"),
+        ("optimizer.lr=1" + "0" * 400, r"optimizer\.lr=10+\.\.\. cannot be used; give a number above 0"),
+        ("model.options=" + "[" * 5000, r"nested too deep"),
+        ("model.options={a: " + "[" * 20 + "]" * 20 + "}", r"nested deeper than 16 levels"),
+        ("model.options={a: &a [*a]}", r"nested deeper than 16 levels"),
+        ("model.options={a: 2020-01-01}", r"holds a date"),
+        ("model.options={a: 2020-13-45}", r"is not YAML \(month must be"),
+        ("model.options={a: !!int ''}", r"is not YAML"),
+        ("data.classes=nowhere.txt", r"nowhere\.txt cannot be read \(.*No such file"),
         ("epochs=1.5", r"epochs=1\.5 cannot be used; give a whole number of 1 or more"),
         ("precision=fp8", r"precision='fp8' .*one of fp32, bf16, fp16"),
         ("augment.erase=2", r"augment\.erase=2 .*from 0 to 1"),

@@ -1,7 +1,9 @@
 """Training with learned heads against the slow transcription of oracles_training.py, and what it promises beside equality."""
 
 import copy
+import math
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -14,8 +16,8 @@ import oracles
 import oracles_training
 import squeezevit as sv
 import zoo
-from squeezevit import losses
-from squeezevit.errors import UnsupportedError
+from squeezevit.errors import ConfigError, UnsupportedError
+from squeezevit.train import losses
 
 METHODS = {"dtps": sv.DTPS, "dynamicvit": sv.DynamicViT}
 AT = sv.DTPS().stages(zoo.DEPTH)
@@ -152,6 +154,32 @@ class KeepBest:
         self.alive = torch.zeros_like(odds).scatter(1, best, 1.0) > 0
         soft = logits.softmax(dim)
         return torch.stack([self.alive, ~self.alive], dim=-1).to(soft.dtype) - soft.detach() + soft
+
+
+@pytest.mark.parametrize("progress", [0, 0.25, 0.5, 1])
+def test_annealing_follows_a_cosine_from_everything_to_the_reducer_itself(progress):
+    """As EViT trains (Liang et al. 2022, section 4); what samples its own counts stays as it is."""
+    left = (1 + math.cos(math.pi * progress)) / 2
+    for reducer in (sv.ETPS(keep=0.6), sv.EViT(keep=(0.7, 0.4), at=(0, 2)), sv.TopK(0.5), sv.DTPS(keep=0.5, train="topk")):
+        softened = reducer.annealed(progress)
+        keep, wanted = (k if isinstance(k, tuple) else (k,) for k in (softened.keep, reducer.keep))
+        assert keep == pytest.approx([k + (1 - k) * left for k in wanted], abs=1e-12)
+        assert type(softened.keep) is type(reducer.keep) and replace(softened, keep=reducer.keep) == reducer
+        assert (softened == reducer) == (progress == 1)
+    for masked in (sv.DTPS(keep=0.5), sv.DynamicViT(keep=0.5), sv.Identity()):
+        assert masked.annealed(progress) == masked
+
+
+def test_annealing_of_tome_begins_at_one_token_a_block():
+    assert [sv.ToMe(r=8).annealed(p).r for p in (0, 0.5, 1)] == [1, 4, 8]
+    assert [sv.ToMe(r=(8, 0, 3, 1)).annealed(p).r for p in (0, 0.5, 1)] == [(1, 0, 1, 1), (4, 0, 2, 1), (8, 0, 3, 1)]
+
+
+@pytest.mark.parametrize("progress", [-0.1, 1.1, float("nan")])
+def test_annealing_takes_a_share_of_the_way(progress):
+    for reducer in (sv.ETPS(), sv.ToMe(r=2)):
+        with pytest.raises(ConfigError, match="is no share of the way; give a number from 0 to 1"):
+            reducer.annealed(progress)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,64 @@
+"""Every script of benchmarks/ starts and says what it does, and one table holds all committed results."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+pytest.importorskip("timm")
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if "__main__" in file.read_text())
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a script in this process and return what it printed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def job(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        except SystemExit as end:
+            assert not end.code
+        return capsys.readouterr().out
+
+    return job
+
+
+def rows_in(content: object) -> int:
+    """Results in a file: entries of lists of mappings, and the demo's unreduced model; earlier headers are none."""
+    if isinstance(content, dict):
+        return sum(rows_in(value) for key, value in content.items() if key != "also") + ("dense" in content)
+    return len(content) if isinstance(content, list) and content and isinstance(content[0], dict) else 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.stem)
+def test_every_script_says_what_it_does(run, script):
+    first = script.read_text().split("\n")[0].removeprefix('"""').split()
+    assert " ".join(first[:6]) in " ".join(run(script.name, "--help").split())
+
+
+def test_one_table_has_every_row_of_every_results_file(run, tmp_path):
+    lines = run("table.py").splitlines()
+    files = list((BENCHMARKS / "results").rglob("*.json"))
+    assert len(lines) == 2 + sum(rows_in(json.loads(file.read_text())) for file in files)
+    heads, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    assert all(len(row) == len(heads) and row[heads.index("what")] for row in cells)
+    (etps,) = [row for row in cells if row[0] == "demo" and row[2] == "eTPS" and "target 0.5" in row[1]]
+    demo = json.loads((BENCHMARKS / "results" / "demo.json").read_text())["rows"]
+    expected = next(row for row in demo if row["label"] == "eTPS" and row["target"] == 0.5)
+    assert etps[heads.index("accuracy")] == f"{100 * expected['accuracy']:.1f}"
+    assert etps[heads.index("speed-up")] == f"{expected['speedup_best']:.2f}"
+
+
+def test_a_table_of_some_methods(run, tmp_path):
+    lines = run("table.py", "--files", "demo", "dense", "--methods", "preset", "ToMe")
+    assert {line.split("|")[3].strip() for line in lines.splitlines()[2:]} == {"training-free", "ToMe"}
+    run("table.py", "--csv", tmp_path / "all.csv", "--methods", "tome")
+    assert "ToMe" in (tmp_path / "all.csv").read_text()
