@@ -29,6 +29,7 @@ import oracles
 import oracles_rotary
 import squeezevit as sv
 from squeezevit.bench.run import measure
+from squeezevit.core.block import state_of
 from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import Reducer
 from squeezevit.errors import UnsupportedError
@@ -1146,7 +1147,7 @@ def test_moving_average_of_a_reduced_model(build, method):
     assert not torch.equal(read(average.module, images()), read(model, images()))
     average.update(model)
     assert torch.equal(read(average.module, images()), read(model, images()))
-    assert sv.attach.state_of(average.module) is not sv.attach.state_of(model)
+    assert state_of(average.module) is not state_of(model)
 
 
 # Sharded over two processes; `torch.distributed.run` runs this file

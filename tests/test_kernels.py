@@ -79,6 +79,7 @@ def test_any_strides():
 @runs
 def test_of_equal_hosts_the_first():
     x, kept, pruned = case(1, 140, 20, 48)
+    x = (4 * x).round()  # whole numbers, whose products are exact in whatever order a processor adds them: equal hosts tie
     first, second = kept[:, :70, None] + 1, kept[:, 70:, None] + 1
     x = x.scatter(1, second.expand(-1, -1, 48), x.gather(1, first.expand(-1, -1, 48)))
     assert kernels.squeeze(*on_device(x, 1, kept, pruned))[1].max() < 70

@@ -23,7 +23,7 @@ from squeezevit.errors import ConfigError, DataError  # noqa: E402
 from squeezevit.reducers import TopK, catalog  # noqa: E402
 from squeezevit.report import (  # noqa: E402
     Panel,
-    Stage,
+    StageGroups,
     charts,
     demo,
     draw_stage,
@@ -281,7 +281,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="uint8"):
         draw_stage(photo().astype(float), np.arange(64), np.arange(64), (8, 8), np.zeros(64, dtype=bool))
     with pytest.raises(DataError, match="63 patches form no square"):
-        panels(photo(), [Stage(3, index, index, index < 0, 63, 0)])
+        panels(photo(), [StageGroups(3, index, index, index < 0, 63, 0)])
 
 
 def test_figure_has_a_panel_per_stage() -> None:

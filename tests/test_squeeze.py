@@ -8,13 +8,13 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from squeezevit.budget.presets import PRESETS
 
 import squeezevit as sv
 import zoo
 from squeezevit.core import kernels
 from squeezevit.core.reducer import Carry, Stage
 from squeezevit.errors import ConfigError
+from squeezevit.reducers.catalog import method
 
 
 @pytest.mark.parametrize("kind", ["plain", "average-pool", "registers"])
@@ -154,19 +154,26 @@ def test_every_block():
 def test_presets_meet_their_share(share):
     model = timm.create_model("vit_small_patch16_224").eval()
     dense = sv.macs(model)
-    for given_model, most in ((model, 0.005), (None, 0.015)):
-        reducer = sv.preset("training-free", macs=share, model=given_model)
-        assert replace(reducer, keep=0.7) == PRESETS["training-free"]
-        assert sv.macs(sv.reduce_(model, reducer)) / dense == pytest.approx(share, abs=most)
-        sv.restore_(model)
+    reducer = sv.preset("training-free", macs=share, model=model)
+    assert replace(reducer, keep=0.7) == method("training-free").template()
+    assert sv.macs(sv.reduce_(model, reducer)) / dense == pytest.approx(share, abs=0.005)
 
 
 def test_presets_that_are_none():
     with pytest.raises(ConfigError, match="'fast' is not known; choose from training-free"):
         sv.preset("fast")
-    for share in (0.01, 1.2, float("nan")):
-        with pytest.raises(ConfigError, match=r"out of reach of 'training-free': give a share from 0\.\d\d to 1"):
-            sv.preset("training-free", macs=share)
+    model = zoo.build("plain")
+    for share, complaint in (
+        (0.01, "cannot reach 1.0% of the multiply-adds"),
+        (1.2, "is no budget"),
+        (float("nan"), "is no budget"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            sv.preset("training-free", macs=share, model=model)
+    with pytest.raises(
+        ConfigError, match=r"is planned for a model: give it, as sv.preset\('training-free', macs=0.5, model=model\)"
+    ):
+        sv.preset("training-free")
 
 
 def test_the_stage_asks_for_the_kernel(monkeypatch):

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from squeezevit.bench.machine import machine, versions
 from squeezevit.bench.timing import Timings, alternate
-from squeezevit.budget.meter import Meter, Progress
+from squeezevit.budget.meter import Meter
 from squeezevit.core.attach import reduce_
 from squeezevit.core.cut import cut
 from squeezevit.core.reducer import Reducer
-from squeezevit.core.running import autocast, evaluation_mode, forward, images, share_weights, without_hooks
+from squeezevit.core.running import Progress, autocast, evaluation_mode, forward, images, share_weights, without_hooks
 from squeezevit.reducers import Identity
 
 Name = TypeVar("Name", bound=Hashable)

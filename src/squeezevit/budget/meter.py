@@ -1,6 +1,5 @@
 """One model, held while reducers are tried in it: what it costs without one, and with each."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -17,7 +16,6 @@ from squeezevit.errors import ConfigError
 from squeezevit.reducers import Random
 
 Size = int | tuple[int, int] | None  # in pixels; None: what the model is set up for
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps there are
 
 
 @dataclass(frozen=True)

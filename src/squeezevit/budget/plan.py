@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from squeezevit.budget.meter import Meter, Progress, Setting, Size
+from squeezevit.budget.meter import Meter, Setting, Size
 from squeezevit.budget.solve import (
     BISECT_STEPS,
     CURVES,
@@ -25,6 +25,7 @@ from squeezevit.budget.solve import (
     solve,
 )  # fmt: skip
 from squeezevit.core.reducer import Reducer, Staged
+from squeezevit.core.running import Progress
 from squeezevit.errors import ConfigError
 from squeezevit.reducers import Identity, catalog
 

@@ -15,6 +15,7 @@ from squeezevit.core.cut import description_of
 from squeezevit.core.evidence import Recorder
 from squeezevit.errors import ConfigError
 
+Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps there are
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NEEDED = ("torch.nn.utils", "torch.distributed", "accelerate")  # whose hooks make weights, or bring them
 

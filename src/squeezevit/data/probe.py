@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from squeezevit.core.running import Progress
 from squeezevit.data import elpv
 
-Progress = Callable[[str, int, int], None]  # what, steps done, steps in all
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 
 

@@ -152,10 +152,9 @@ def _weights(attn: Any, which: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _head_dim(attn: Any) -> int:
-    """Of queries and keys, from what the projections put out: pruned heads and other scales are respected."""
-    return (
-        int(attn.q_proj.out_features) // attn.num_heads if attn.qkv is None else int(attn.qkv.out_features) // (3 * attn.num_heads)
-    )
+    """Of queries and keys; EVA's attention has not said it in every version."""
+    own = getattr(attn, "head_dim", None)
+    return round(attn.scale**-2) if own is None else own
 
 
 def _own_bias(attn: Any, which: int) -> Tensor | None:

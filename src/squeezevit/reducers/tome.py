@@ -72,7 +72,10 @@ class ToMe(Reducer):
         with ops.no_autocast(keys):
             keys = F.normalize(keys.float(), dim=-1)
             # a token's index counts the prefix, and even indices are sources, as in the released code
-            sources, targets = keys[:, s.prefix % 2 :: 2], keys[:, 1 - s.prefix % 2 :: 2]
+            # rows by number: of a strided view of unknown length the compiler asks whether that is even
+            places = torch.arange(s.n, device=keys.device)
+            even, odd = (places[first::2] for first in (s.prefix % 2, 1 - s.prefix % 2))
+            sources, targets = keys.index_select(1, even), keys.index_select(1, odd)
             likeness, best = ops.best_match(sources, targets)  # (B, sources)
         merged, rest = ops.split(likeness, s.n - s.k)
         target = torch.arange(targets.shape[1], device=keys.device).expand(keys.shape[0], -1)

@@ -11,11 +11,11 @@ from squeezevit.errors import MissingExtraError
 
 try:
     from squeezevit.report.html import write_report
-    from squeezevit.report.overlay import Panel, Stage, draw_stage, figure, panels, stages_from_trace
+    from squeezevit.report.overlay import Panel, StageGroups, draw_stage, figure, panels, stages_from_trace
 except ModuleNotFoundError as error:
     if error.name not in {"numpy", "PIL"}:
         raise
     message = f'squeezevit.report needs {error.name}, which is not installed: pip install "squeezevit[cli]"'
     raise MissingExtraError(message) from error
 
-__all__ = ["Panel", "Stage", "draw_stage", "figure", "panels", "stages_from_trace", "write_report"]
+__all__ = ["Panel", "StageGroups", "draw_stage", "figure", "panels", "stages_from_trace", "write_report"]

@@ -22,7 +22,7 @@ INK, FAINT, PAPER = (27, 31, 36), (91, 99, 110), (255, 255, 255)
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class StageGroups:
     """One reduction of one image, seen from its N0 original patches.
 
     `before`, `after`: int [N0], the token each patch belongs to, -1 where it was dropped without a host.
@@ -57,13 +57,13 @@ class Panel:
     caption: str
 
 
-def stages_from_trace(t: Any, image_index: int = 0) -> list[Stage]:
+def stages_from_trace(t: Any, image_index: int = 0) -> list[StageGroups]:
     """The stages of one image of a finished `sv.trace`, first stage first.
 
     A token's *own* patch is the one it began as; it is followed through the kept indices, so that a host can be told
     from what it hosts. EViT's fused token has no own patch.
     """
-    stages: list[Stage] = []
+    stages: list[StageGroups] = []
     own = before = None
     for index, traced in enumerate(t.stages):
         kept, removed = _numpy(traced.kept[image_index]), _numpy(traced.pruned[image_index])
@@ -74,7 +74,9 @@ def stages_from_trace(t: Any, image_index: int = 0) -> list[Stage]:
         extra = 0 if hosts is None or not len(hosts) else max(0, int(hosts.max()) + 1 - len(kept))
         own = np.concatenate([own[kept], np.full(extra, -1)])
         pruned = ~np.isin(np.arange(len(after)), own)
-        stages.append(Stage(traced.block, before, after, pruned, len(kept), len(removed), hosted=hosts is not None, extra=extra))
+        stages.append(
+            StageGroups(traced.block, before, after, pruned, len(kept), len(removed), hosted=hosts is not None, extra=extra)
+        )
         before = after
     return stages
 
@@ -89,7 +91,7 @@ def draw_stage(
 ) -> Image.Image:
     """The photograph with its token groups after one stage.
 
-    `photo`: uint8 [H, W, 3]. `before`, `after`: int [N0], `pruned`: bool [N0], as in `Stage`. `grid`: (rows, columns),
+    `photo`: uint8 [H, W, 3]. `before`, `after`: int [N0], `pruned`: bool [N0], as in `StageGroups`. `grid`: (rows, columns),
     rows * columns = N0. `colours`: int [N0] from `group_colours`, made here when absent. Patches that joined their
     group at this stage are washed more strongly than those that came with an earlier one. The result is H x W, or a
     whole multiple of it where the short side is under 448 pixels. Raises `DataError` where the shapes do not fit.
@@ -115,7 +117,7 @@ def draw_stage(
     return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
 
-def panels(photo: np.ndarray, stages: Sequence[Stage], grid: tuple[int, int] | None = None) -> list[Panel]:
+def panels(photo: np.ndarray, stages: Sequence[StageGroups], grid: tuple[int, int] | None = None) -> list[Panel]:
     """The photograph, then one drawing per stage, each with its caption; a group keeps its host's colour where it can.
 
     `grid` may be left out where the patches form a square.
@@ -133,7 +135,7 @@ def panels(photo: np.ndarray, stages: Sequence[Stage], grid: tuple[int, int] | N
 
 def figure(
     photo: np.ndarray,
-    stages: Sequence[Stage],
+    stages: Sequence[StageGroups],
     grid: tuple[int, int] | None = None,
     *,
     title: str | None = None,
@@ -359,7 +361,7 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def _legend_parts(stages: Sequence[Stage]) -> list[tuple[str, str]]:
+def _legend_parts(stages: Sequence[StageGroups]) -> list[tuple[str, str]]:
     if not stages:
         return []
     parts = [("photo", "reserved: the photograph itself")]
