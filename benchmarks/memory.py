@@ -1,20 +1,19 @@
-"""Peak memory of a forward under every reducer, the least of three processes each; writes benchmarks/results/memory.json.
+"""Peak memory of a forward under every reducer, the least of three processes each.
 
-Run: python benchmarks/memory.py [--long], which asks for the images of 9,216 and 16,384 tokens alone
+python benchmarks/memory.py [--long]        # benchmarks/results/memory.json; --long: 9,216 and 16,384 tokens alone
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from squeezevit.bench.machine import command, machine, now, versions
+from workshop import RESULTS, Sheet, arguments
 
 CASES = {
     "unreduced": "sv.Identity()",
-    "training-free": "replace(sv.preset('training-free'), keep=KEEP)",
+    "training-free": "replace(method('training-free').template(), keep=KEEP)",
     "ETPS": "sv.ETPS(keep=KEEP)",
     "ETPS(mass=True)": "sv.ETPS(keep=KEEP, mass=True)",
     "ETPS(score='received')": "sv.ETPS(keep=KEEP, score='received')",
@@ -28,6 +27,7 @@ CASES = {
 PROGRAM = """
 import pathlib, timm, torch, squeezevit as sv
 from dataclasses import replace
+from squeezevit.reducers.catalog import method
 def kib(name):
     return next(line.split()[1] for line in open("/proc/self/status") if line.startswith(name))
 model = sv.reduce_(timm.create_model({model!r}, img_size={size}, **{options!r}).eval(), {reducer})
@@ -83,16 +83,16 @@ def measure(setting: Setting) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
-    rows = []
-    for setting in LONG if "--long" in sys.argv else SHORT + LONG:
+    parser = arguments(__doc__)
+    parser.add_argument("--long", action="store_true", help="large token counts alone")
+    parser.add_argument("--json", type=Path, default=RESULTS / "memory.json")
+    args = parser.parse_args()
+    sheet = Sheet(args.json)
+    for setting in LONG if args.long else SHORT + LONG:
         for row in measure(setting):
-            rows.append(row)
-            text = "{patch_tokens} patch tokens, keep {keep}, {reducer}: {forward_mib:.0f} MiB, {of_unreduced:.2f}"
-            sys.stdout.write(f"{text.format(**row)}{'' if not setting.options else f' {setting.options}'}\n")
-            sys.stdout.flush()
-    result = {"created": now(), "command": command(), "machine": machine(), "versions": versions(), "rows": rows}
-    path = Path(__file__).parent / "results" / "memory.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+            text = "{patch_tokens} patch tokens, keep {keep}, {reducer}: {forward_mib:.0f} MiB, {of_unreduced:.2f}".format(**row)
+            sheet.add(row, f"{text} {setting.options or ''}".rstrip())
+        sheet.save()
 
 
 if __name__ == "__main__":

@@ -687,7 +687,7 @@ def small_disk(tmp_path):
 
     yield size
     if os.path.ismount(folder):
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_really_full_disk_leaves_the_last_good_checkpoint(few_photos, tmp_path, small_disk):

@@ -66,14 +66,21 @@ _ALIASES = {"preset": "training-free"}
 
 
 def register(row: Method) -> Method:
-    """Add a method. Raises ConfigError where another one has its name, or the name is not lower case."""
+    """Add a method, or the same one again as where a notebook's cell is run twice.
+
+    Raises ConfigError where another one has its name, or the name is not lower case.
+    """
     if row.name != row.name.lower() or not row.name.strip():
         raise ConfigError(f"a method's name is lower case, as 'mine'; got {row.name!r}")
     old = _METHODS.get(row.name)
-    if old is not None and old != row:
+    if old is not None and _class_name(old) != _class_name(row):
         raise ConfigError(f"there already is a method {row.name!r} ({old.make}); choose another name")
     _METHODS[row.name] = row
     return row
+
+
+def _class_name(row: Method) -> str:
+    return getattr(row.make, "__qualname__", repr(row.make))
 
 
 def methods() -> dict[str, Method]:
