@@ -69,7 +69,8 @@ def transcribed(
 def objectives(found: SimpleNamespace, keep_ratio, distillation) -> dict[str, Tensor]:
     """Numbers to differentiate: of the output, of all that the trace gives, and both losses.
 
-    Thousands of terms that nearly cancel are added in float64, so that how a processor adds is not what is compared.
+    Thousands of terms that may nearly cancel are added in float64, and those of the tokens squared, so that how a processor
+    rounds is not what is compared.
     """
     draws = torch.Generator().manual_seed(7)
 
@@ -81,7 +82,7 @@ def objectives(found: SimpleNamespace, keep_ratio, distillation) -> dict[str, Te
         "output": (found.logits * probe(found.logits)).double().sum(),
         "decisions": sum((found.decisions[j] * probe(found.decisions[j])).double().sum() for j in stages),
         "stage logits": sum((found.stage_logits[j] * probe(found.stage_logits[j])).double().sum() for j in stages),
-        "tokens": (found.tokens * probe(found.tokens)).double().sum(),
+        "tokens": (found.tokens * probe(found.tokens)).double().square().sum().sqrt(),
         "keep ratio": keep_ratio(found.decisions, [0.6 ** (j + 1) for j in stages]),
         "distillation": distillation(
             found.logits, probe(found.logits), found.tokens, probe(found.tokens), found.decisions[-1].detach()
