@@ -1,9 +1,10 @@
 """SqueezeViT: token reduction for vision transformers that somebody else wrote. See `reduce_` and `restore_`."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from squeezevit import errors
 from squeezevit import families as _package  # noqa: F401  # loaded first, so that the name is the listing's hereafter
-from squeezevit.budget.plan import plan, preset
-from squeezevit.checkpoint import from_pretrained, load_checkpoint_
 from squeezevit.core import ops
 from squeezevit.core.attach import reduce_, restore_
 from squeezevit.core.macs import macs
@@ -11,6 +12,10 @@ from squeezevit.core.supported import listing as families
 from squeezevit.core.trace import pool, trace
 from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, Squeeze, ToMe, TopK
 from squeezevit.train import losses
+
+if TYPE_CHECKING:
+    from squeezevit.budget.plan import plan, preset
+    from squeezevit.checkpoint import from_pretrained, load_checkpoint_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,3 +42,19 @@ __all__ = [
     "restore_",
     "trace",
 ]
+_WHEN_ASKED = {  # what not every program that reduces a model needs is imported when it is first named
+    "plan": "squeezevit.budget.plan",
+    "preset": "squeezevit.budget.plan",
+    "from_pretrained": "squeezevit.checkpoint",
+    "load_checkpoint_": "squeezevit.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHEN_ASKED:
+        raise AttributeError(f"module 'squeezevit' has no attribute {name!r}")
+    return getattr(import_module(_WHEN_ASKED[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
