@@ -28,7 +28,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.outputs: dict[int, Tensor | None] = {}  # has a thread's entry while a block runs there
-        self.compiled: Tensor | None = None  # no dictionary: some libraries' compiled code bears no change of one
+        self.compiled: Tensor | None = None  # not a dictionary, which some compiled code may not change
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if torch.compiler.is_compiling():

@@ -34,7 +34,7 @@ class Forward:
         self.inputs: dict[int, int] = {}  # by block, the address of what came in
         self.recomputed = 0  # the address of what the last recomputed block put out
         self.averaging = False  # whether the caller of the tower that runs takes the plain mean of its patch tokens
-        self.unmasked = False  # whether the tower that runs was given no mask, so that one its blocks get hides nothing
+        self.unmasked = False  # whether the tower got no mask: any that its blocks get then hides nothing
         self.compiled = False  # whether compiled code wrote the slots
         self.whole = False  # whether compiled code has the whole model
 

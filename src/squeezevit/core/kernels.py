@@ -49,7 +49,7 @@ def _fits(x: Tensor) -> bool:
 def squeeze(
     tokens: Tensor, prefix: int, kept: Tensor, pruned: Tensor, mass: Tensor | None = None, alike: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Squeeze the pruned patch tokens into the kept ones most like them, behind unchanged prefix tokens; no gradient.
+    """Squeeze the pruned patch tokens into the kept ones most like them, after unchanged prefix tokens; no gradient.
 
     Shapes: tokens [B, P + N, C] of any strides, kept [B, K] and pruned [B, R] of the N patch tokens, mass [B, P + N] float32,
     alike [B, N, D] -> tokens [B, P + K, C], hosts [B, R] int64, and the masses going out [B, P + K] float32 where mass is given.

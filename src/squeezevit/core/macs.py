@@ -18,7 +18,7 @@ def macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> i
     """Multiply-adds for one image (what papers on ViTs print as "FLOPs"), in evaluation mode.
 
     image_size: height and width in pixels, or one number for both; None = what the model is set up for. Counted by running the
-    model on tensors that have a shape and no values: every matrix product and convolution of the host and of the reducer,
+    model on tensors that have a shape and no values: every matrix product and convolution of the model and of the reducer,
     attention's own two included; additions, norms and activations are not counted, as everywhere in this field. Raises
     ConfigError on a size the model does not take.
 

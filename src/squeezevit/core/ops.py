@@ -86,7 +86,7 @@ def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def uniqueness(x: Tensor, importance: Tensor) -> Tensor:
     """How unlike every more important token each token is: 1 - its highest cosine with one of them, 2 for the most important.
 
-    Shapes: [B, N, C], [B, N] -> [B, N], float32. Of two that are equally important the first one counts as more (in ONNX one does).
+    Shapes: [B, N, C], [B, N] -> [B, N], float32. Ties: the first of two counts as more important (in ONNX either may).
     """
     if torch.onnx.is_in_onnx_export():
         order = importance.topk(importance.shape[1], dim=1).indices  # it has no stable sort

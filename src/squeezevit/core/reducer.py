@@ -44,8 +44,8 @@ class Reduction(NamedTuple):
     logits: Tensor | None = None  # [B, N, 2], of a learned head in training
     decision: Tensor | None = None  # [B, N], 1 = keep, with gradient, in training
     policy: Tensor | None = None  # [B, P + N], of a learned head in training: all tokens go on, attention sees those with 1
-    leaving: Tensor | None = None  # [B, P + K], rows that stay when the others leave, behind this block's attention
-    extra: Tensor | None = None  # [B, E], for tokens that go out behind the kept ones: the incoming one whose place each takes
+    leaving: Tensor | None = None  # [B, P + K], the rows that stay; the others leave after this block's attention
+    extra: Tensor | None = None  # [B, E]: extra tokens go out after the kept ones; each takes the place of this incoming one
 
 
 def nothing_pruned(tokens: Tensor, n: int) -> Reduction:
@@ -99,7 +99,7 @@ class Stage:
         return F.linear(a.x[:, self.prefix :], weight, bias)
 
     def normed(self) -> Tensor:
-        """Patch tokens as the block's attention gets them, behind its norm: [B, N, C]."""
+        """Patch tokens as the block's attention gets them, after its norm: [B, N, C]."""
         return self.attend().x[:, self.prefix :]
 
     def head_logits(self) -> Tensor:
@@ -216,7 +216,7 @@ class Reducer:
         return False
 
     def follows(self, training: bool) -> bool:
-        """Whether blocks behind a stage, and pooling, must know what the stage did."""
+        """Whether blocks after a stage, and pooling, must know what the stage did."""
         return self.weighs or (training and self.masks)
 
     def stages(self, depth: int) -> tuple[int, ...]:

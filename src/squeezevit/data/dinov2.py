@@ -90,7 +90,7 @@ def _read_verified(path: Path) -> bytes:
 
 
 def _backbone_state(data: bytes) -> dict[str, Tensor]:
-    """The backbone's tensors under timm's names; the saliency decoder behind it is left out."""
+    """The backbone's tensors under timm's names; the saliency decoder after it is left out."""
     onnx = _require("onnx")
     graph = onnx.load_model_from_string(data).graph
     tensors = {

@@ -144,7 +144,7 @@ def _weights(attn: Any, which: int) -> tuple[Tensor | None, Tensor | None]:
         linear = (attn.q_proj, attn.k_proj)[which]
         return (linear.weight, linear.bias) if is_plain(linear) else (None, None)
     own = _own_bias(attn, which)
-    if not (is_plain(attn.qkv) or (own is not None and not attn.qkv_bias_separate)):  # then the host slices, too
+    if not (is_plain(attn.qkv) or (own is not None and not attn.qkv_bias_separate)):  # then timm slices, too
         return None, None
     size = attn.num_heads * _head_dim(attn)
     rows = slice(which * size, (which + 1) * size)

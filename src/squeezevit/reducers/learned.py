@@ -78,8 +78,8 @@ class DTPS(Staged):
 
     train: what `model.train()` does. "masked", the paper's: all tokens stay, Gumbel-softmax samples which are kept, the others
     are squeezed and hidden from later attention; counts follow a loss (`losses.keep_ratio_loss`). "topk", faster: tokens really
-    leave, as many as in evaluation, chosen by the same noisy scores, once the attention behind the stage has told the heads, by a
-    straight-through gradient, what each token was worth.
+    leave, as many as in evaluation, chosen by the same noisy scores. They leave after the stage's attention, whose straight-through
+    gradient tells the heads what each token was worth.
     """
 
     train: Literal["masked", "topk"] = "masked"
@@ -131,7 +131,7 @@ class DTPS(Staged):
     def reduce_relaxed(self, s: Stage, logits: Tensor) -> Reduction:
         """The K tokens with the highest sampled log-odds stay; their indicator has the gradient of a sigmoid around the cut.
 
-        The others are squeezed, hidden from this block's attention by the policy, and leave behind it: so far they are there for
+        The others are squeezed, hidden from this block's attention by the policy, and leave after it: so far they are there for
         the gradient to say what keeping them would have done. (Without that the heads learn to drop what matters: whenever it is
         gone, the tokens that are there get the large gradients.)
         """
