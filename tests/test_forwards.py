@@ -182,6 +182,29 @@ def test_pieces_compiled_apart_refuse_a_second_thread():
     torch.testing.assert_close(zoo.run(model, x), expected)
 
 
+def test_pieces_compiled_apart_never_answer_wrongly():
+    """Not even where they meet before it is known that there are such pieces."""
+    model = zoo.reduce(zoo.build("average-pool"), zoo.REDUCERS["etps-mass"])
+    images = [zoo.images(1, seed=i) for i in range(4)]
+    expected = [zoo.run(model, x) for x in images]
+    for block in model.blocks:
+        block.compile(backend="eager")
+
+    def work(i: int) -> list[bool]:
+        """Whether each answer is wrong."""
+        found = []
+        for _ in range(10):
+            try:
+                found.append(not torch.allclose(zoo.run(model, images[i]), expected[i], rtol=1e-5, atol=1e-5))
+            except Exception as error:
+                found.append(not isinstance(error, UnsupportedError) and type(error).__module__.startswith("squeezevit"))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        assert not any(wrong for part in pool.map(work, range(4)) for wrong in part)
+    torch.testing.assert_close(zoo.run(model, images[0]), expected[0])
+
+
 def test_the_whole_model_compiled_works_in_threads():
     torch._dynamo.reset()
     model = zoo.reduce(zoo.build("average-pool"), zoo.REDUCERS["etps-mass"])

@@ -25,6 +25,12 @@ class Trace(Protocol):
     def record(self, stage: int, block: int, n: int, reduction: Reduction) -> None: ...
 
 
+_APART = (
+    "several threads run pieces of this model that were compiled apart, which cannot tell their forwards from each other; compile "
+    "the whole model in one piece (torch.compile(model, fullgraph=True)), or run one forward at a time"
+)
+
+
 class Forward:
     """What one run of a model has left so far."""
 
@@ -57,7 +63,8 @@ class Forwards:
     def __init__(self, stages: int) -> None:
         self.stages = stages
         self.shared = Forward(stages)  # of compiled code; eager code writes there, too, for pieces that were compiled
-        self.crowded = False  # whether several threads are in the model at once, which pieces compiled apart cannot bear
+        self.pieces = False  # whether parts of the model were compiled apart
+        self.crowded = False  # whether several threads are in the model at once, which such pieces cannot bear
         self.trace: Trace | None = None  # that compiled code records into
         self.tracing = 0  # traces that are open, in whatever thread
         self._own = _Own()
@@ -108,6 +115,8 @@ class Forwards:
         forward.slots[stage] = carry
         if torch.compiler.is_compiling():
             self.shared.compiled = True
+            if not self.shared.whole:
+                self.pieces = True
         elif not in_backward():
             self.shared.slots[stage], self.shared.compiled = carry, False
 
@@ -146,35 +155,40 @@ class Forwards:
         self.shared.clear()
 
     def enter(self) -> None:
-        """The model begins."""
+        """The model begins. Raises UnsupportedError where pieces compiled apart run in another thread."""
         if torch.compiler.is_compiling():
             self.shared.whole = True
             return
         thread = threading.get_ident()
-        if thread not in self._inside:
-            self.current().clear()  # of what a forward that failed has left
         with self._lock:
-            self._inside[thread] = self._inside.get(thread, 0) + 1
-            self.crowded = self.crowded or len(self._inside) > 1
+            others = any(other != thread for other in self._inside)
+            self.crowded = self.crowded or (others and not self.pieces)
+            first = thread not in self._inside
+            if not (others and self.pieces):
+                self._inside[thread] = self._inside.get(thread, 0) + 1
+        if others and self.pieces:
+            raise UnsupportedError(_APART)
+        if first:
+            self.current().clear()  # of what a forward that failed has left
 
-    def exit(self) -> None:
-        """The model ends."""
+    def exit(self, done: bool) -> None:
+        """The model ends. Raises UnsupportedError where it is done, but another thread was in pieces compiled apart meanwhile."""
         if torch.compiler.is_compiling():
             self.shared.whole = False
             return
         thread = threading.get_ident()
         with self._lock:
-            self._inside[thread] -= 1
-            if not self._inside[thread]:
-                del self._inside[thread]
+            met = self.pieces and self.crowded
+            left = self._inside.pop(thread, 1) - 1
+            if left:
+                self._inside[thread] = left
             self.crowded = self.crowded and bool(self._inside)
+        if done and met:
+            raise UnsupportedError(_APART)
 
     def _require_alone(self) -> None:
         if self.crowded:
-            raise UnsupportedError(
-                "several threads run pieces of this model that were compiled apart, which cannot tell their forwards from each "
-                "other; compile the whole model in one piece (torch.compile(model, fullgraph=True)), or run one forward at a time"
-            )
+            raise UnsupportedError(_APART)
 
     def open_trace(self) -> Trace | None:
         """The innermost trace that is open in this thread; in compiled code, which cannot tell threads, the only one."""

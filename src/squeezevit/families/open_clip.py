@@ -43,10 +43,13 @@ class ReducedVisual(Mixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forwards = self.squeezevit_state.forwards
         forwards.enter()
+        done = False
         try:
-            return super().forward(*args, **kwargs)
+            out = super().forward(*args, **kwargs)
+            done = True
         finally:
-            forwards.exit()
+            forwards.exit(done)
+        return out
 
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
         """The library's own as tokens; refused as grids, which reduced tokens do not fill."""

@@ -169,14 +169,16 @@ class ReducedVisionTransformer(Mixin):
         """The library's own; tokens' weights go with the features they belong to, for whoever pools them and when."""
         state = self.squeezevit_state
         state.forwards.enter()
+        done = False
         try:
             x = super().forward_features(*args, **kwargs)
             if state.trace is not None:
                 state.trace.tokens = x[:, state.prefix :]
             x.squeezevit_weights = state.final_weights(self)
-            return x
+            done = True
         finally:
-            state.forwards.exit()
+            state.forwards.exit(done)
+        return x
 
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
         """The library's own as tokens; refused as grids, which reduced tokens do not fill."""

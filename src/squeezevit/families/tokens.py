@@ -72,6 +72,7 @@ class Tower(Mixin):
         run.unmasked = len(args) < 2 and all(v is None for k, v in kwargs.items() if k.endswith("attention_mask"))
         needs_trace = state.grid and state.stages and state.trace is None
         state.forwards.enter()
+        done = False
         try:
             with Trace(cast(nn.Module, self)) if needs_trace else nullcontext(state.trace) as t:
                 out = super().forward(*args, **kwargs)
@@ -79,9 +80,10 @@ class Tower(Mixin):
             if state.trace is not None:
                 state.trace.tokens = self.normed(tokens)[:, state.prefix :]
             weights = state.final_weights(self)
+            done = True
         finally:
             run.unmasked = False
-            state.forwards.exit()
+            state.forwards.exit(done)
         if state.grid and state.stages:
             return _all_on_grid(out, cast(Trace, t))
         return _with_tokens(out, weighted(tokens, weights, state.prefix)) if averaged else out
