@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,3 +63,23 @@ def test_a_table_of_some_methods(run, tmp_path):
     assert {line.split("|")[3].strip() for line in lines.splitlines()[2:]} == {"training-free", "ToMe"}
     run("table.py", "--csv", tmp_path / "all.csv", "--methods", "tome")
     assert "ToMe" in (tmp_path / "all.csv").read_text()
+
+
+def test_command_lines_and_calls_that_nobody_would_write(tmp_path):
+    """The short form of benchmarks/fuzz.py, in a process of its own, as it forks."""
+    command = [
+        sys.executable,
+        BENCHMARKS / "fuzz.py",
+        "--lines",
+        "20",
+        "--calls",
+        "200",
+        "--seed",
+        "7",
+        "--json",
+        tmp_path / "f.json",
+    ]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert said.returncode == 0, said.stderr
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [(row["asked"], row["wrong"]) for row in rows] == [(20, []), (200, [])]

@@ -16,6 +16,7 @@ import oracles
 import squeezevit as sv
 import zoo
 from questions import assert_same_snapshot, snapshot
+from squeezevit import sums
 from squeezevit.checkpoint import save_checkpoint
 from squeezevit.errors import CheckpointError, MissingExtraError
 
@@ -181,7 +182,7 @@ def test_pickled_code_is_refused_and_never_run(tmp_path, how):
     pickle.loads(pickle.dumps(evil))
     assert trap.exists(), "the trap is not set"
     trap.unlink()
-    refuse(other(), path, str(path), "pickled Python objects", "load_checkpoint_(model, state_dict)")
+    refuse(other(), path, str(path), "pickled Python objects", "sv.load_checkpoint_(model, state_dict)")
     assert not trap.exists()
 
 
@@ -333,6 +334,29 @@ def test_names_are_quoted_short_and_printable():
         other(), {**zoo.build("plain").state_dict(), "\x1b[31m" + "x" * 10_000: torch.zeros(1)}, "1 unexpected: \\x1b[31mxxx"
     )
     assert "\x1b" not in message
+
+
+def test_a_file_that_is_not_what_was_summed_up_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    sums.write(tmp_path)
+    sv.load_checkpoint_(model, tmp_path / "model.safetensors")
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-1] ^= 1  # one bit of one weight
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not what was written: SHA256SUMS beside it has another sum"):
+        sv.load_checkpoint_(model, tmp_path / "model.safetensors")
+
+
+def test_a_path_too_long_for_the_system_is_no_checkpoint():
+    with pytest.raises(CheckpointError, match="is not a file; give the path"):
+        sv.load_checkpoint_(torch.nn.Linear(2, 1), "a" * 5000)
+
+
+@pytest.mark.parametrize("source", [None, 3, torch.ones(2), ["w"]], ids=repr)
+def test_what_is_neither_a_path_nor_a_state_dict(source):
+    with pytest.raises(CheckpointError, match="is no checkpoint; give the path of a file, or a state dict"):
+        sv.load_checkpoint_(torch.nn.Linear(2, 1), source)
 
 
 def test_long_lists_are_cut():

@@ -7,7 +7,7 @@ import squeezevit
 
 ROOT = Path(squeezevit.__file__).parent
 ROOMS = ("core", "families", "reducers", "budget", "bench", "data", "report", "train", "cli")  # of which each is a folder
-ALONE = ("errors", "checkpoint", "extend")
+ALONE = ("errors", "sums", "checkpoint", "extend")
 
 
 def modules() -> dict[str, Path]:

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from squeezevit import sums
 from squeezevit.core.attach import reduce_
-from squeezevit.core.cut import convert, load_families
+from squeezevit.core.cut import convert, load_families, require_model
 from squeezevit.core.reducer import Reducer
 from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError
 from squeezevit.reducers import from_dict
@@ -45,6 +46,9 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
     >>> m = torch.nn.Linear(2, 1); load_checkpoint_(m, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}).weight.tolist()
     [[1.0, 1.0]]
     """
+    require_model(model)
+    if not isinstance(source, str | PathLike | Mapping):
+        raise CheckpointError(f"a {type(source).__name__} is no checkpoint; give the path of a file, or a state dict")
     name = name if isinstance(source, Mapping) else fspath(source)
     entries = _named(source, name) if isinstance(source, Mapping) else read_checkpoint(source)
     load_families()
@@ -72,7 +76,10 @@ def _load_whole(model: nn.Module, entries: Mapping[str, Tensor], name: str) -> N
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """The weights of a file under our key names, on the CPU. Raises CheckpointError where it cannot be read or holds none."""
+    """The weights of a file under our key names, on the CPU.
+
+    Raises CheckpointError where it cannot be read, holds none, or is not what SHA256SUMS beside it says, as training leaves one.
+    """
     return _named(_read(Path(path)), fspath(path))
 
 
@@ -108,8 +115,9 @@ def save_checkpoint(model: nn.Module, path: str | PathLike[str], weights: Mappin
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
+    if not _is_file(path):
         raise CheckpointError(f"{path} is not a file; give the path of a .safetensors, .pth, .pt or .bin checkpoint")
+    sums.check(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -117,13 +125,20 @@ def _read(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not loaded: it is no torch file, or holds pickled Python objects, which could run any code. If you trust "
-            "where it comes from, load it yourself and pass its state dict: load_checkpoint_(model, state_dict)"
+            "where it comes from, load it yourself and pass its state dict: sv.load_checkpoint_(model, state_dict)"
         ) from error
     except Exception as error:  # a file that is no checkpoint makes the unpickler fail in any way it likes
         raise CheckpointError(f"{path} cannot be read as a torch checkpoint ({_first_line(error)}); it may be cut short") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict; save model.state_dict() instead")
     return content
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for the system, a folder that may not be looked into
+        return False
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:

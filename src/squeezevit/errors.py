@@ -1,8 +1,23 @@
 """The one error family: every message quotes the case and says what to do."""
 
+LONGEST = 1500  # characters of a message: a screen, whatever it quotes
+
 
 class SqueezeViTError(Exception):
     """Base of everything this library raises on purpose; the command line turns it into exit code 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_middle(message))
+
+
+def without_middle(text: str) -> str:
+    """Text of a bounded length: what is too long loses its middle, as the case stands in front and the remedy at the end.
+
+    >>> len(without_middle("x" * 9000)) <= LONGEST
+    True
+    """
+    half = LONGEST // 2 - 30
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {len(text) - 2 * half} more characters ... {text[-half:]}"
 
 
 class ConfigError(SqueezeViTError, ValueError):

@@ -46,7 +46,7 @@ def calibrate(
     most: int = 60,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Search stages and ratios of a kind of reducer for a share of the unreduced model's MACs. The model is left unreduced.
+    """Search stages and ratios of a kind of reducer for a share of the unreduced model's MACs. The model is left as it was.
 
     images: batches [B, channels, height, width] on the model's device; some tens of images are enough. most: candidates tried.
     From the template's schedule, one change at a time is kept where it helps: a stage a block earlier or later, more or less of

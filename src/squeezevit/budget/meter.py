@@ -36,7 +36,7 @@ class Setting:
 
 
 class Meter:
-    """Holds a model while reducers are tried in it, and leaves it unreduced when closed.
+    """Holds a model while reducers are tried in it, and leaves it as it was, reducer and learned heads, when closed.
 
     Where a reducer differs from the last one by its ratios alone, the model's blocks are not proved again.
 
@@ -48,8 +48,9 @@ class Meter:
     def __init__(self, model: nn.Module, setting: Setting | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"a {type(model).__name__} is not a model; give one, then what is to be planned for it")
-        self.model, self.setting = restore_(model), setting or Setting()
         self.about = description_of(model)
+        self._before, self._heads = vars(model).get("squeezevit_state"), model._modules.get("token_reducer")
+        self.model, self.setting = restore_(model), setting or Setting()
         self._shares: dict[Reducer, float] = {}
 
     def __enter__(self) -> "Meter":
@@ -57,6 +58,11 @@ class Meter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         self.release()
+        if self._before is None:
+            return
+        if self._heads is not None:
+            self.model.token_reducer = self._heads
+        reduce_(self.model, self._before.reducer, grid=self._before.grid)
 
     @property
     def depth(self) -> int:

@@ -1,7 +1,7 @@
 """From a kind of reducer and a budget to a reducer: a share of the multiply-adds, a share of the time, or images a second."""
 
 import logging
-import sys
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -100,7 +100,7 @@ def make_plan(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
-    """Choose the strength (a keep ratio, or ToMe's r) of a kind of reducer for a budget. The model is left unreduced.
+    """Choose the strength (a keep ratio, or ToMe's r) of a kind of reducer for a budget. The model is left as it was.
 
     reducer: a method's name, a class, or a reducer whose other options stay. One budget: macs, the share of the unreduced model's
     multiply-adds; latency, the share of its time a batch of `batch_size` on the model's own device; images_per_second, there.
@@ -145,7 +145,7 @@ def like(
 ) -> Reducer:
     """A reducer by name and keep ratio; a method without keep ratios gets what costs the same as eTPS at this ratio.
 
-    The model is left unreduced.
+    The model is left as it was.
 
     >>> like(timm.create_model("deit_small_patch16_224"), "tome", 0.7)  # doctest: +SKIP
     ToMe(r=(10, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11))
@@ -159,7 +159,7 @@ def like(
 
 
 def preset(name: str, macs: float = 0.5, model: nn.Module | None = None, image_size: Size = None) -> Reducer:
-    """A method whose ratios were found by measuring, for a share of the model's multiply-adds. The model is left unreduced.
+    """A method whose ratios were found by measuring, for a share of the model's multiply-adds. The model is left as it was.
 
     "training-free": for models that are not fine-tuned. Raises ConfigError on an unknown name, without a model, and on a share
     that is none or out of reach.
@@ -201,7 +201,12 @@ def _budget(**budgets: float | None) -> tuple[str, float]:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < cast(float, value) <= sys.float_info.max
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _is_share(value: object) -> bool:

@@ -15,11 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from squeezevit.errors import without_middle
+
 if TYPE_CHECKING:
     from squeezevit.train.loop import Update
 
 Report = Callable[[str, int, int], None]  # what is done, steps done, steps in all
-MOST_CHARACTERS, MOST_LINES = 1500, 14  # of a message: one screen of 80 x 24
+MOST_LINES = 14  # of a message: one screen of 80 x 24
 EVERY = 20.0  # seconds between lines of progress where no terminal is there to redraw
 # a file has no width to squeeze tables into; brackets and colons mean themselves
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
@@ -40,19 +42,12 @@ def clean(text: str) -> str:
 
 def one_screen(text: str) -> str:
     """Clean text of a bounded length: what is too long loses its middle."""
-    text = _cut(clean(_cut(text)))
+    text = without_middle(clean(without_middle(text)))
     lines = text.split("\n")
     if len(lines) <= MOST_LINES:
         return text
     half = MOST_LINES // 2
     return "\n".join([*lines[:half], f"... {len(lines) - 2 * half} more lines ...", *lines[-half:]])
-
-
-def _cut(text: str) -> str:
-    if len(text) <= MOST_CHARACTERS:
-        return text
-    half = MOST_CHARACTERS // 2 - 30
-    return f"{text[:half]} ... {len(text) - 2 * half} more characters ... {text[-half:]}"
 
 
 def say(text: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from squeezevit.core.block import ReducedBlock, Site, State, state_of
-from squeezevit.core.cut import Description, cut, description_of, load_families
+from squeezevit.core.cut import Description, cut, description_of, load_families, require_model
 from squeezevit.core.evidence import Recording, forget_
 from squeezevit.core.proof import Proved, prove
 from squeezevit.core.reducer import Heads, Reducer
@@ -145,6 +145,7 @@ def restore_(model: Model) -> Model:
     >>> restore_(torch.nn.Identity())
     Identity()
     """
+    require_model(model)
     for module in list(model.modules()):
         base = vars(type(module)).get("squeezevit_base")
         if base is not None:
@@ -158,9 +159,7 @@ def restore_(model: Model) -> Model:
 
 
 def _require_kinds(model: object, reducer: object) -> None:
-    if not isinstance(model, nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}, {str(model)[:80]!r},"
-        raise UnsupportedError(f"{what} is not a model; build one first, as timm.create_model('vit_base_patch16_224')")
+    require_model(model)
     if isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
         raise UnsupportedError(
             f"a {type(model).__name__} is a program, not a model with blocks; reduce the model first, then trace or export it"

@@ -132,8 +132,16 @@ def as_python(path: str) -> str:
 
 def description_of(model: nn.Module) -> Description:
     """`describe` of a model whose family may not have been imported yet."""
+    require_model(model)
     load_families()
     return describe(model)
+
+
+def require_model(model: object) -> None:
+    """Raises UnsupportedError on what is no model."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}, {str(model)[:80]!r},"
+        raise UnsupportedError(f"{what} is not a model; build one first, as timm.create_model('vit_base_patch16_224')")
 
 
 @singledispatch

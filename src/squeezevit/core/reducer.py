@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import index
-from typing import ClassVar, Literal, NamedTuple, SupportsIndex, cast, get_args
+from typing import ClassVar, Literal, NamedTuple, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
@@ -270,7 +270,7 @@ class Staged(Reducer):
     def __post_init__(self) -> None:
         name = type(self).__name__
         object.__setattr__(self, "keep", _ratios(name, self.keep))
-        if self.at not in (None, "quarters", "every"):
+        if not (self.at is None or (isinstance(self.at, str) and self.at in ("quarters", "every"))):
             at = _blocks(name, cast(Sequence[int], self.at))
             object.__setattr__(self, "at", at)
             self._check_lengths(at)
@@ -367,12 +367,12 @@ def check_flag(reducer: Reducer, name: str) -> None:
         raise ConfigError(f"{type(reducer).__name__}: {name}={value!r} is neither True nor False; give one of them")
 
 
-def check_score(reducer: Reducer) -> None:
-    """Raise ConfigError where the field `score` is none of the known ones."""
-    score = getattr(reducer, "score", None)
-    if score not in get_args(Score):
-        known = ", ".join(map(repr, get_args(Score)))
-        raise ConfigError(f"{type(reducer).__name__}: score={score!r} is not known; choose one of {known}")
+def check_choice(reducer: Reducer, name: str, known: Sequence[str]) -> None:
+    """Raise ConfigError where a field that takes one of a few words holds none of them."""
+    value = getattr(reducer, name)
+    if not isinstance(value, str) or value not in known:
+        listed = ", ".join(map(repr, known))
+        raise ConfigError(f"{type(reducer).__name__}: {name}={value!r} is not known; choose one of {listed}")
 
 
 def _ratios(name: str, keep: float | Sequence[float]) -> float | tuple[float, ...]:
@@ -405,4 +405,9 @@ def _blocks(name: str, at: Sequence[int]) -> tuple[int, ...]:
 
 def is_index(value: object) -> bool:
     """Whether a value is a whole number of 0 or more (NumPy's too, booleans not)."""
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool) and index(value) >= 0
+    if not isinstance(value, SupportsIndex) or isinstance(value, bool | type):
+        return False
+    try:
+        return index(value) >= 0
+    except (TypeError, RuntimeError):  # an array or a tensor of several numbers
+        return False

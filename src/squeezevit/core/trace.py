@@ -172,6 +172,11 @@ def pool(tokens: Tensor, t: Trace) -> Tensor:
     ...     tokens = model.forward_features(images)[:, 1:]
     >>> pool(tokens, t)  # doctest: +SKIP
     """
+    if not isinstance(tokens, Tensor) or not isinstance(t, Trace):
+        raise ConfigError(
+            f"pool takes tokens and the trace of the forward they come from, got a {type(tokens).__name__} and a "
+            f"{type(t).__name__}; see help(sv.pool)"
+        )
     if not t.stages:
         return tokens.mean(dim=1)
     sizes = t.sizes

@@ -1,10 +1,10 @@
 """What every table needs beside the methods: plain pruning, chance, and nothing at all."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from squeezevit.core import ops
-from squeezevit.core.reducer import Reducer, Reduction, Score, Stage, Staged, check_score
+from squeezevit.core.reducer import Reducer, Reduction, Score, Stage, Staged, check_choice
 from squeezevit.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ class TopK(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_score(self)
+        check_choice(self, "score", get_args(Score))
 
     def reduce(self, s: Stage) -> Reduction:
         scores = s.scores(self.score)

@@ -1,11 +1,12 @@
 """EViT (Liang et al., ICLR 2022): inattentive tokens fused into one extra token."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from squeezevit.core import ops
-from squeezevit.core.reducer import Reduction, Score, Stage, Staged, check_flag, check_score
+from squeezevit.core.reducer import Reduction, Score, Stage, Staged, check_choice, check_flag
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class EViT(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_score(self)
+        check_choice(self, "score", get_args(Score))
         check_flag(self, "normalize")
 
     def reduce(self, s: Stage) -> Reduction:

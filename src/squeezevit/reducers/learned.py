@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from squeezevit.core import ops
 from squeezevit.core.evidence import is_plain
-from squeezevit.core.reducer import Heads, Reduction, Stage, Staged, floor_of_first, nothing_pruned
-from squeezevit.errors import ConfigError
+from squeezevit.core.reducer import Heads, Reduction, Stage, Staged, check_choice, floor_of_first, nothing_pruned
 
 
 class ScoreHead(nn.Module):
@@ -91,8 +90,7 @@ class DTPS(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.train not in ("masked", "topk"):
-            raise ConfigError(f"{type(self).__name__}: train={self.train!r} is not known; choose 'masked' or 'topk'")
+        check_choice(self, "train", ("masked", "topk"))
 
     @property
     def carries(self) -> bool:

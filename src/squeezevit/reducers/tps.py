@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squeezevit.core import ops
-from squeezevit.core.reducer import Reduction, Score, Stage, Staged, check_flag, check_score
+from squeezevit.core.reducer import Reduction, Score, Stage, Staged, check_choice, check_flag
 from squeezevit.errors import ConfigError
 
 Ranking = Score | Literal["redundancy", "mrmr", "random"]
@@ -59,7 +59,7 @@ class ETPS(_Squeezing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_score(self)
+        check_choice(self, "score", get_args(Score))
         check_flag(self, "mass")
 
     @property
@@ -95,9 +95,8 @@ class Squeeze(_Squeezing):
         check_flag(self, "bias")
         rankings = (*get_args(Score), "redundancy", "mrmr", "random")
         for name, known in (("score", rankings), ("match", _MATCHES), ("fuse", _FUSES)):
-            value = getattr(self, name)
-            if value not in known and not (name == "score" and callable(value)):
-                raise ConfigError(f"Squeeze: {name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+            if not (name == "score" and callable(self.score)):
+                check_choice(self, name, known)
 
     @property
     def weighs(self) -> bool:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any, cast
 
 from timm.models import group_parameters
@@ -20,7 +19,6 @@ from squeezevit.core.reducer import Reducer
 from squeezevit.data import models
 from squeezevit.errors import ConfigError
 from squeezevit.reducers.catalog import method
-from squeezevit.train import sums
 from squeezevit.train.config import Config, ModelConfig, OptimizerConfig, ReducerConfig
 
 _HEADS = "token_reducer."
@@ -138,7 +136,6 @@ def _weights(config: ModelConfig, model: nn.Module) -> dict[str, Tensor] | None:
     """The checkpoint's weights, with the model's own classifier where a new one is asked for."""
     if config.checkpoint is None:
         return None
-    sums.check(Path(config.checkpoint))
     weights = read_checkpoint(config.checkpoint)
     if config.new_head:
         own, timm_model = model.state_dict(), cast(Any, model)

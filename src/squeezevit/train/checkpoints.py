@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import torch
 
+from squeezevit import sums
 from squeezevit.data.folder import reader_died
 from squeezevit.errors import CheckpointError, ConfigError, TrainingError
-from squeezevit.train import sums
 
 try:
     import fcntl
