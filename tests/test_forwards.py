@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -313,6 +313,21 @@ def test_peft_trains_score_heads(saved):
         loss = adapted(pixel_values=zoo.images(2)).logits.square().mean()
     (loss + sv.losses.keep_ratio_loss(t.decisions, sv.DTPS(keep=0.6).targets(3))).backward()
     assert heads and all(p.grad is not None for p in heads)
+
+
+def test_an_adapter_brings_its_score_heads_back(tmp_path):
+    """The way of docs/models.md: the same reducer first, then the adapter's folder."""
+    reducer, x = sv.DTPS(keep=0.6), zoo.images(2)
+    model = sv.reduce_(zoo.build("hf-vit"), reducer)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["token_reducer"])).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+        expected = adapted(pixel_values=x).logits
+        adapted.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(sv.reduce_(zoo.build("hf-vit"), reducer), tmp_path).eval()
+        assert torch.equal(again(pixel_values=x).logits, expected)
 
 
 def test_peft_that_freezes_score_heads_is_told():

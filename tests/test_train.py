@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import squeezevit as sv
 from squeezevit.checkpoint import save_checkpoint
 from squeezevit.cli import main
 from squeezevit.core.attach import state_of
@@ -144,6 +145,9 @@ def test_short_runs_learn_and_leave_what_they_should(photos, weights, tmp_path, 
     assert float(rows[-1]["task"]) < float(rows[0]["task"])
     assert result.best > 0.5 and result.signal is None
     assert (tmp_path / "best" / "model.safetensors").is_file() and (tmp_path / "last" / "state.pt").is_file()
+    for name in ("best", "last"):  # bundles, from which nothing need be typed again
+        again = sv.load(tmp_path / name).state_dict()
+        assert all(torch.equal(again[key], value) for key, value in load_file(tmp_path / name / "model.safetensors").items())
     assert (tmp_path / "last" / "ema.safetensors").is_file() == ("ema.decay=0.9" in settings)
     assert (tmp_path / "classes.txt").read_text().split() == ["ant", "bee"]
     assert seen[-1].seconds_left >= 0 and len(seen) == 4 * 4 + 4
@@ -339,7 +343,7 @@ SPOILT = {
     ),
     "all of best": (
         lambda run: [shutil.copy(run / f"best/{name}", run / f"last/{name}") for name in ("model.safetensors", "SHA256SUMS")],
-        r"last does not hold what was written: SHA256SUMS lists model\.safetensors, there are model\.safetensors, state\.pt",
+        r"last does not hold what was written: SHA256SUMS lists classes\.txt, model\.safetensors, squeezevit",
     ),
     "a file gone": (lambda run: (run / "last/model.safetensors").unlink(), "last does not hold what was written"),
     "no sums": (lambda run: (run / "last/SHA256SUMS").unlink(), "last lacks SHA256SUMS"),
@@ -365,7 +369,9 @@ def test_a_checkpoint_that_is_not_as_written_is_refused(photos, tmp_path):
     train(config(photos, tmp_path / "whole"))
     assert same_weights(tmp_path / "out/last/model.safetensors", tmp_path / "whole/last/model.safetensors")
     listed = dict(reversed(line.split()) for line in (tmp_path / "out/last/SHA256SUMS").read_text().splitlines())
-    assert listed == {name: sha256(tmp_path / "out/last" / name) for name in ("model.safetensors", "state.pt")}
+    assert listed == {
+        name: sha256(tmp_path / "out/last" / name) for name in ("classes.txt", "model.safetensors", "squeezevit.json", "state.pt")
+    }
 
 
 def sha256(file: Path) -> str:

@@ -15,6 +15,7 @@ from squeezevit.train import losses
 
 if TYPE_CHECKING:
     from squeezevit.budget.plan import plan, preset
+    from squeezevit.bundle import load, save
     from squeezevit.checkpoint import from_pretrained, load_checkpoint_
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "errors",
     "families",
     "from_pretrained",
+    "load",
     "load_checkpoint_",
     "losses",
     "macs",
@@ -40,6 +42,7 @@ __all__ = [
     "preset",
     "reduce_",
     "restore_",
+    "save",
     "trace",
 ]
 _WHEN_ASKED = {  # what not every program that reduces a model needs is imported when it is first named
@@ -47,6 +50,8 @@ _WHEN_ASKED = {  # what not every program that reduces a model needs is imported
     "preset": "squeezevit.budget.plan",
     "from_pretrained": "squeezevit.checkpoint",
     "load_checkpoint_": "squeezevit.checkpoint",
+    "load": "squeezevit.bundle",
+    "save": "squeezevit.bundle",
 }
 
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("squeezevit", "torch", "timm", "numpy", "scikit-learn")
+_PACKAGES = (
+    "squeezevit", "torch", "timm", "transformers", "torchvision", "open_clip_torch", "numpy", "scikit-learn", "onnx", "onnxruntime",
+    "openvino", "nncf",
+)  # fmt: skip
 
 
 def header(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -84,12 +84,15 @@ def demo(
 
 @app.command("eval", cls=options.Command)
 def evaluate(
-    model: options.ModelName,
     data: options.Data,
+    source: options.Source = None,
+    model: options.NamedModel = None,
     pretrained: options.Pretrained = False,
     checkpoint: options.Checkpoint = None,
-    method: options.Method = "etps",
-    keep: options.Keep = "0.7",
+    method: options.OwnMethod = None,
+    keep: options.Keep = None,
+    macs: options.Macs = None,
+    latency: options.Latency = None,
     at: options.At = None,
     num_classes: options.NumClasses = None,
     image_size: options.ImageSize = None,
@@ -103,37 +106,43 @@ def evaluate(
 ) -> None:
     """Top-1 and top-5 on a folder of photographs, reduced beside unreduced, with MACs and images/s.
 
-    Unreadable images are counted and listed, and never end the run. Classes are the folders in natural order, 2 before 10.
+    Unreadable images are counted and listed, and never end the run. Classes are the bundle's, or the folders in natural order,
+    2 before 10.
     """
-    from squeezevit import macs, reduce_, restore_
+    import squeezevit as sv
     from squeezevit.bench.machine import header
     from squeezevit.data.evaluate import evaluate as score
-    from squeezevit.data.folder import load
     from squeezevit.data.models import to_device
 
     inputs.check_json(json_file)
-    net, reducer, trained = inputs.reduced_model(model, pretrained, checkpoint, method, keep, at, num_classes, image_size)
-    batches = load(data, net, image_size=image_size, batch_size=batch_size, num_workers=workers, classes=classes, upright=upright)
-    if reducer.learned and not trained:
-        screen.note(f"the score heads of {method} are untrained (no checkpoint brought any): they rank tokens at random")
+    if model is None and source is None:
+        raise ConfigError("nothing says which model: give --from BUNDLE, or --model NAME")
+    wanted = inputs.Wanted(source, model, pretrained, checkpoint, method, keep, at, macs, latency, num_classes, image_size)
+    ready = inputs.ready(wanted)
+    net, reducer = ready.net, ready.reducer
+    batches = inputs.batches(ready, data, image_size, batch_size, workers, classes, upright)
+    if reducer.learned and not ready.trained:
+        screen.note(f"the score heads of {ready.method} are untrained (no weights brought any): they rank tokens at random")
     to_device(net, device)
-    rows = []
+    size = image_size if ready.card is None else ready.card.preprocessing.crop
+    rows: list[dict[str, Any]] = []
     with screen.steps() as report:
-        for label in (method, "unreduced"):
-            net = reduce_(net, reducer) if label == method else restore_(net)
+        for label in (ready.method, "unreduced"):
+            net = sv.restore_(net) if rows else net
             result = score(net, batches, device, precision, partial(report, label))
-            rows.append({"method": label, "macs": macs(net, image_size), **asdict(result)})
+            rows.append({"method": label, "macs": sv.macs(net, size), **asdict(result)})
     rows.reverse()
     for row in rows:
         row["macs_share"] = row["macs"] / rows[0]["macs"]
         row["speedup"] = row["compute_images_per_second"] / rows[0]["compute_images_per_second"]
     screen.print_eval(rows, str(reducer))
-    inputs.write_json(json_file, {**header(device), "model": model, "reducer": repr(reducer), "data": str(data), "rows": rows})
+    inputs.write_json(json_file, {**header(device), "model": ready.name, "reducer": repr(reducer), "data": str(data), "rows": rows})
 
 
 @app.command(cls=options.Command)
 def bench(
-    model: options.ModelName = "deit_small_patch16_224",
+    model: options.NamedModel = None,
+    source: options.Source = None,
     methods: options.MethodList = "identity,etps,dtps,evit,topk,tome",
     keep: options.KeepList = "0.7,0.5",
     at: options.At = None,
@@ -158,7 +167,8 @@ def bench(
 
     inputs.check_json(json_file)
     rows_of, ratios, stages = inputs.methods_named(methods), options.ratios(keep, "--keep"), options.blocks(at)
-    net = inputs.untrained(model, image_size, device, threads, batch_size)
+    wanted = inputs.Wanted(source, model, image_size=image_size)
+    net, own = inputs.to_measure(wanted, device, threads, batch_size)
     asked = [(row, 1.0) for row in rows_of if row.name == "identity"]
     asked += [(row, ratio) for ratio in ratios for row in rows_of if row.name != "identity"]
     with screen.steps() as report:
@@ -166,15 +176,16 @@ def bench(
         for row, ratio in asked:
             report("finding what costs the same", len(reducers), len(asked))
             reducers.append(like(net, row.name, ratio, stages, image_size))
+        reducers += own
         speeds = measure(
             net, reducers, batch_size, image_size, rounds, precision, compiled=compiled, progress=partial(report, "rounds")
         )
-    rows = [
-        {"method": row.name, "label": row.label, "keep": ratio, **asdict(speed)}
-        for (row, ratio), speed in zip(asked, speeds, strict=True)
-    ]
+    told = [{"method": row.name, "label": row.label, "keep": ratio} for row, ratio in asked]
+    told += [{"method": "bundle", "label": str(reducer), "keep": None} for reducer in own]
+    rows = [{**about, **asdict(speed)} for about, speed in zip(told, speeds, strict=True)]
+    name = str(source or model or inputs.MEASURED)
     setting = {
-        **header(device), "model": model, "batch_size": batch_size, "rounds": rounds, "precision": precision, "compiled": compiled,
+        **header(device), "model": name, "batch_size": batch_size, "rounds": rounds, "precision": precision, "compiled": compiled,
     }  # fmt: skip
     screen.print_bench(rows, setting)
     inputs.write_json(json_file, {**setting, "image_size": image_size, "rows": rows})
@@ -223,11 +234,14 @@ def train(
 @app.command(cls=options.Command)
 def show(
     images: options.Images,
+    source: options.Source = None,
     model: options.OptionalModel = None,
     pretrained: options.Pretrained = False,
     checkpoint: options.Checkpoint = None,
-    method: options.Method = "etps",
-    keep: options.Keep = "0.5",
+    method: options.OwnMethod = None,
+    keep: options.Keep = None,
+    macs: options.Macs = None,
+    latency: options.Latency = None,
     at: options.At = None,
     image_size: options.ShorterSide = 224,
     upright: options.Upright = True,
@@ -243,9 +257,11 @@ def show(
 
     inputs.check_json(json_file)
     photographs = inputs.photographs(images)
-    net, reducer, _ = inputs.reduced_model(model, pretrained, checkpoint, method, keep, at, None, None)
+    wanted = inputs.Wanted(source, model, pretrained, checkpoint, method, keep, at, macs, latency, usual=("etps", "0.5"))
+    ready = inputs.ready(wanted)
+    reducer, suffix = ready.reducer, ready.method.replace("+", "-").lower()
     inputs.make_folder(out)
-    rows, failed = _drawn(partial(draw, net, reducer, image_size=image_size), photographs, upright, out, method.replace("+", "-"))
+    rows, failed = _drawn(partial(draw, ready.net, reducer, image_size=image_size), photographs, upright, out, suffix)
     if not rows:
         raise DataError(f"none of {len(photographs)} photographs could be drawn: {failed[0]}")
     screen.list_unreadable(failed)
@@ -259,7 +275,8 @@ def show(
 
 @app.command(cls=options.Command)
 def plan(
-    model: options.ModelName = "deit_small_patch16_224",
+    model: options.NamedModel = None,
+    source: options.Source = None,
     method: options.Method = "etps",
     macs: options.Macs = None,
     latency: options.Latency = None,
@@ -294,20 +311,23 @@ def plan(
     if calibrate is not None:
         if macs is None or latency is not None or images_per_second is not None or curve is not None:
             raise ConfigError("--calibrate searches at one share of the multiply-adds: give --macs, no other budget and no --curve")
-        make = partial(inputs.with_weights, model, pretrained, checkpoint, image_size, device)
+        asked = inputs.Wanted(source, model or inputs.MEASURED, pretrained, checkpoint, "identity", image_size=image_size)
+        make = partial(inputs.with_weights, asked if source is None else replace(asked, model=None, method=None), device)
         inputs.write_json(
             json_file,
             _calibrated(make, name, options.blocks(at) if at != "auto" else None, macs, calibrate, images, image_size, batch_size),
         )
         return
-    net = inputs.untrained(model, image_size, device, threads, batch_size)
+    net, _ = inputs.to_measure(inputs.Wanted(source, model, image_size=image_size), device, threads, batch_size)
     with screen.steps() as report:
         made = make_plan(
             net, name, macs=macs, latency=latency, images_per_second=images_per_second, batch_size=batch_size,
             image_size=image_size, precision=precision, at=stages, curve=curve, fresh=fresh, progress=report,
         )  # fmt: skip
     screen.say(str(made))
-    inputs.write_json(json_file, {**header(device), "model": model, **asdict(made), "reducer": repr(made.reducer)})
+    screen.say(f"To use it: sv.reduce_(model, {_pasted(made.reducer)})")
+    told = str(source or model or inputs.MEASURED)
+    inputs.write_json(json_file, {**header(device), "model": told, **asdict(made), "reducer": repr(made.reducer)})
 
 
 @app.command(cls=options.Command)
@@ -323,6 +343,13 @@ def families() -> None:
         rows.append((f.library, f"{f.since} to below {f.before}", installed, models, refused))
     screen.table(rows, ("library", "versions tested", "installed", "models", "refused"), ruled=True)
     screen.say("A model of your own: examples/new_family.py")
+
+
+def _pasted(reducer: Any) -> str:
+    """A reducer as Python that can be pasted; one that is not the library's own by its name alone."""
+    import squeezevit as sv
+
+    return f"sv.{reducer!r}" if hasattr(sv, type(reducer).__name__) else repr(reducer)
 
 
 def _drawn(

@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,13 @@ from squeezevit.cli import options, screen
 from squeezevit.errors import ConfigError, DataError, SqueezeViTError
 
 if TYPE_CHECKING:
+    from squeezevit.bundle import Card
+    from squeezevit.core.reducer import Reducer
+    from squeezevit.data.pixels import Preprocessing
     from squeezevit.reducers.catalog import Method
+
+MEASURED = "deit_small_patch16_224"  # where a command that only measures is told no model
+DEMO = "dinov2-demo"  # the demo's DINOv2, whose weights a package brings
 
 
 def methods_named(text: str) -> "list[Method]":
@@ -42,21 +50,35 @@ def import_methods(module: str) -> None:
 def create(name: str, pretrained: bool, num_classes: int | None, image_size: int | None) -> Any:
     from squeezevit.data.models import create_model
 
+    if name == DEMO:
+        from squeezevit.data.dinov2 import dinov2_vit_small
+
+        if num_classes is not None:
+            raise ConfigError(f"--num-classes {num_classes}: {DEMO} has no classifier; leave it out")
+        return dinov2_vit_small(224 if image_size is None else image_size)
     chosen = {key: value for key, value in (("num_classes", num_classes), ("img_size", image_size)) if value is not None}
     return create_model(name, pretrained, chosen).eval()
 
 
-def untrained(name: str, image_size: int | None, device: str, threads: int | None, batch_size: int) -> Any:
-    """A model to measure, on its device. Its weights are random, which changes nothing."""
+def to_measure(wanted: "Wanted", device: str, threads: int | None, batch_size: int) -> tuple[Any, list[Any]]:
+    """A model to measure, unreduced, on its device: a bundle's, with the bundle's reducer, or one whose weights are random, which
+    changes nothing."""
     import torch
 
+    from squeezevit import restore_
     from squeezevit.data.models import to_device
 
     if threads is not None:
         torch.set_num_threads(threads)
-    net = create(name, False, None, image_size)
+    if wanted.source is None:
+        net = create(wanted.model or MEASURED, False, None, wanted.image_size)
+    else:
+        net = opened(wanted.source, wanted)[0]
+    state = vars(net).get("squeezevit_state")
+    own = [] if state is None else [state.reducer]
+    restore_(net)
     require_room(net, batch_size)
-    return to_device(net, device)
+    return to_device(net, device), own
 
 
 def require_room(net: Any, batch_size: int) -> None:
@@ -73,49 +95,151 @@ def require_room(net: Any, batch_size: int) -> None:
         )
 
 
-def with_weights(name: str, pretrained: bool, checkpoint: Path | None, image_size: int | None, device: str) -> Any:
+@dataclass(frozen=True)
+class Wanted:
+    """What a command line says of a model and its reducer; None where it says nothing."""
+
+    source: Path | None = None
+    model: str | None = None
+    pretrained: bool = False
+    checkpoint: Path | None = None
+    method: str | None = None
+    keep: str | None = None
+    at: str | None = None
+    macs: float | None = None
+    latency: float | None = None
+    num_classes: int | None = None
+    image_size: int | None = None
+    usual: tuple[str, str] = ("etps", "0.7")  # method and keep ratio where nothing is said
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A reduced model in evaluation mode, its reducer, and what came with it."""
+
+    net: Any
+    reducer: "Reducer"
+    name: str  # of the model, for results files
+    method: str  # the reducer's name in tables
+    trained: bool  # whether weights brought learned heads
+    card: "Card | None" = None
+
+
+def ready(wanted: Wanted) -> Ready:
+    """The model with its weights, reduced. A model without a name is the demo's.
+
+    Whatever can be refused is refused before weights are read or fetched; so is what contradicts a bundle.
+    """
+    if wanted.method is not None:
+        method_named(wanted.method)
+    if wanted.keep is not None and (wanted.macs is not None or wanted.latency is not None):
+        raise ConfigError("--keep and a budget both say how much is kept; give one of them")
+    return _from_names(wanted) if wanted.source is None else _from_bundle(wanted, wanted.source)
+
+
+def _from_bundle(wanted: Wanted, source: Path) -> Ready:
+    from squeezevit import reduce_
+
+    net, card = opened(source, wanted)
+    state = vars(net).get("squeezevit_state")
+    own = None if state is None else state.reducer
+    chosen = [f"--{name}" for name in ("method", "keep", "at", "macs", "latency") if getattr(wanted, name) is not None]
+    if own is not None and chosen:
+        raise ConfigError(
+            f"--from {source} brings its reducer, {own}; leave {', '.join(chosen)} out, or give a bundle of the unreduced model"
+        )
+    reducer = own or _reducer(net, wanted, card.preprocessing.crop)
+    if own is None:
+        reduce_(net, reducer)
+    method = type(reducer).__name__ if own is not None else wanted.method or wanted.usual[0]
+    return Ready(net.eval(), reducer, str(source), method, reducer.learned and own is not None, card)
+
+
+def opened(source: Path, wanted: Wanted) -> "tuple[Any, Card]":
+    """The model of a bundle, and its card. Raises ConfigError for options that contradict it."""
+    from squeezevit.bundle import open_bundle
+
+    named: dict[str, Any] = {"--model": wanted.model, "--pretrained": wanted.pretrained or None}
+    named |= {"--checkpoint": wanted.checkpoint, "--num-classes": wanted.num_classes}
+    given = [option for option, value in named.items() if value is not None]
+    if given:
+        raise ConfigError(f"--from {source} brings the model and its weights; leave {', '.join(given)} out")
+    net, card = open_bundle(source)
+    height, width = card.preprocessing.crop
+    if wanted.image_size is not None and (wanted.image_size, wanted.image_size) != (height, width):
+        raise ConfigError(
+            f"--image-size {wanted.image_size}: the model of {source} is for {height} x {width} pixels; leave --image-size out"
+        )
+    return net, card
+
+
+def with_weights(wanted: Wanted, device: str) -> Any:
     """An unreduced model with its weights, on its device."""
     from squeezevit import restore_
     from squeezevit.data.models import to_device
 
-    return to_device(restore_(reduced_model(name, pretrained, checkpoint, "identity", "1", None, None, image_size)[0]), device)
+    net = ready(wanted).net if wanted.source is None else opened(wanted.source, wanted)[0]
+    return to_device(restore_(net), device)
 
 
-def reduced_model(
-    name: str | None,
-    pretrained: bool,
-    checkpoint: Path | None,
-    method: str,
-    keep: str,
-    at: str | None,
-    num_classes: int | None,
-    image_size: int | None,
-) -> tuple[Any, Any, bool]:
-    """The model with its weights, the reducer, and whether a checkpoint brought learned heads; the model is left reduced.
+def batches(
+    ready: Ready, data: Path, image_size: int | None, batch_size: int, workers: int | None, classes: Path | None, upright: bool
+) -> Any:
+    """The batches of a folder, as the model, or its bundle, wants them."""
+    from squeezevit.data import folder
 
-    A model without a name is the demo's. Whatever can be refused is refused before weights are read or fetched.
-    """
-    from squeezevit.budget.plan import like
+    card = ready.card
+    if card is None:
+        return folder.load(
+            data, ready.net, image_size=image_size, batch_size=batch_size, num_workers=workers, classes=classes, upright=upright
+        )
+    if card.classes is not None and classes is not None:
+        raise ConfigError(f"--classes {classes}: the bundle brings its classes; leave --classes out")
+    how = card.preprocessing
+    names = classes if card.classes is None else card.classes
+    images = folder.ImageFolder(data, partial(_tensor, how), "val", names, upright and how.upright)
+    images.check_classes(ready.net)
+    images.warn()
+    return folder.Batches(images, batch_size, workers)
+
+
+def _tensor(how: "Preprocessing", image: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(how(image))
+
+
+def _from_names(wanted: Wanted) -> Ready:
     from squeezevit.checkpoint import has_heads, read_checkpoint, reduce_with_weights_
 
-    asked = method_named(method).name, options.one_or_each(keep), options.blocks(at)
-    if pretrained and checkpoint is not None:
+    name, checkpoint = wanted.model, wanted.checkpoint
+    if wanted.pretrained and checkpoint is not None:
         raise ConfigError(f"--pretrained and --checkpoint {checkpoint} both bring weights; give one of them")
-    if name is None and (pretrained or checkpoint is not None):
+    if name in (None, DEMO) and (wanted.pretrained or checkpoint is not None):
         raise ConfigError("--pretrained and --checkpoint bring weights of a model; name it, by --model")
-    if name is not None and not pretrained and checkpoint is None:
+    options.one_or_each(wanted.keep or wanted.usual[1]), options.blocks(wanted.at)  # refused before anything is built
+    if name not in (None, DEMO) and not wanted.pretrained and checkpoint is None:
         screen.note(f"neither --pretrained nor --checkpoint: the weights of {name} are random, and so will the answers be")
     weights = None if checkpoint is None else read_checkpoint(checkpoint)
-    net = demo_model() if name is None else create(name, pretrained, num_classes, image_size)
-    reducer = like(net, *asked, image_size)
+    net = create(name or DEMO, wanted.pretrained, wanted.num_classes, wanted.image_size)
+    reducer = _reducer(net, wanted, wanted.image_size)
     reduce_with_weights_(net, reducer, weights, str(checkpoint))
-    return net.eval(), reducer, weights is not None and has_heads(weights)
+    method = wanted.method or wanted.usual[0]
+    return Ready(net.eval(), reducer, name or DEMO, method, weights is not None and has_heads(weights))
 
 
-def demo_model() -> Any:
-    from squeezevit.data.dinov2 import dinov2_vit_small
+def _reducer(net: Any, wanted: Wanted, image_size: Any) -> "Reducer":
+    """By keep ratio or by budget."""
+    from squeezevit.budget.plan import like, plan, plan_macs
 
-    return dinov2_vit_small()
+    method, at = method_named(wanted.method or wanted.usual[0]).name, options.blocks(wanted.at)
+    if wanted.macs is not None and wanted.latency is not None:
+        raise ConfigError("--macs and --time are two budgets; give one of them")
+    if wanted.macs is not None:
+        return plan_macs(net, method, wanted.macs, at, image_size)
+    if wanted.latency is not None:
+        return plan(net, method, latency=wanted.latency, at=at, image_size=image_size)
+    return like(net, method, options.one_or_each(wanted.keep or wanted.usual[1]), at, image_size)
 
 
 def require_a_choice(config: Any, given: list[str]) -> None:
@@ -129,11 +253,11 @@ def require_a_choice(config: Any, given: list[str]) -> None:
 
 def photographs(paths: list[Path]) -> list[Path]:
     """Files as they are, folders as the images in them at any depth. Raises DataError for a folder without images."""
-    from squeezevit.data.folder import SUFFIXES, _images
+    from squeezevit.data.folder import SUFFIXES, images_in
 
     found: list[Path] = []
     for path in paths:
-        inside = list(map(Path, _images(path))) if path.is_dir() else [path]
+        inside = list(map(Path, images_in(path))) if path.is_dir() else [path]
         if not inside:
             raise DataError(f"{path} holds no image: expected files ending in {' '.join(SUFFIXES)}")
         found += inside

@@ -155,12 +155,20 @@ ModelName = Annotated[str, _of_field("model", "--model")]
 Pretrained = Annotated[bool, _of_field("pretrained", "--pretrained")]
 Checkpoint = Annotated[Path | None, _of_field("checkpoint")]
 Method = Annotated[str, _of_field("method")]
-Keep = Annotated[str, _of_field("keep", metavar="NUMBER,...")]
+Source = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", help="A bundle, which train, export or sv.save wrote: its model, size, classes and reducer.", show_default=False
+    ),
+]
+OwnMethod = Annotated[str | None, _of_field("method", show_default="the bundle's, or etps")]
+Keep = Annotated[str | None, _of_field("keep", metavar="NUMBER,...", show_default="the bundle's, or of no budget the method's")]
 At = Annotated[str | None, _of_field("at", metavar="INTEGER,...")]
 ImageSize = Annotated[int | None, _of_field("image_size", min=1, max=8192)]
 Precision = Annotated[str, _of_field("precision", metavar="fp32|bf16|fp16")]
 MethodList = Annotated[str, typer.Option(metavar="NAME,...", help=f"Methods, separated by commas. One or more of {METHODS}.")]
 KeepList = Annotated[str, typer.Option(metavar="NUMBER,...", help="Keep ratios, separated by commas; each is used at every stage.")]
+NamedModel = Annotated[str | None, _of_field("model", "--model", show_default="deit_small_patch16_224")]
 OptionalModel = Annotated[str | None, _of_field("model", "--model", show_default="DINOv2 ViT-S/14 of the demo")]
 NumClasses = Annotated[
     int | None, typer.Option(help="Outputs of the classifier.", min=1, max=1_000_000, show_default="the model's own")
@@ -200,7 +208,13 @@ Macs = Annotated[
 ]
 Latency = Annotated[
     float | None,
-    typer.Option(parser=share, metavar="SHARE", help="Budget: share of the unreduced model's time on this device, as 0.6 or 60%."),
+    typer.Option(
+        "--latency",
+        "--time",
+        parser=share,
+        metavar="SHARE",
+        help="Budget: share of the unreduced model's time on this device, as 0.6 or 60%.",
+    ),
 ]
 ImagesPerSecond = Annotated[float | None, typer.Option(help="Budget: images a second on this device.")]
 Stages = Annotated[

@@ -233,7 +233,7 @@ def _speed(row: dict[str, Any]) -> tuple[str, ...]:
     tokens = [str(n) for n in row["tokens"]]
     return (
         row["label"],
-        "" if row["method"] == "identity" else f"{row['keep']:g}",
+        "" if row["method"] == "identity" or row["keep"] is None else f"{row['keep']:g}",
         *_cost(row),
         f"{row['images_per_second']:.1f} ({row['images_per_second_best']:.1f})",
         f"{row['speedup']:.2f}x ({row['speedup_best']:.2f}x)",

@@ -113,7 +113,7 @@ class ImageFolder(Dataset[Sample]):
                 (path, label)
                 for label, name in enumerate(self.classes)
                 if name in folders
-                for path in _images(self.folder / folders[name], self.unread)
+                for path in images_in(self.folder / folders[name], self.unread)
             ]
         except OSError as error:
             raise DataError(f"{root} cannot be listed ({error}): make it readable, or point to another folder") from error
@@ -159,18 +159,18 @@ class ImageFolder(Dataset[Sample]):
     def warn(self) -> None:
         """Log what may surprise: classes that others would number otherwise, and images that are left out unread."""
         order = None if self.numbered else _order_warning(self.folder, self.classes)
-        for text in filter(None, (order, _unread_warning(self.folder, self.unread))):
+        for text in filter(None, (order, unread_warning(self.folder, self.unread))):
             logger.warning("%s", text)
 
     def _refuse_no_images(self) -> None:
-        if not self.classes and any(_images(self.folder)):
+        if not self.classes and any(images_in(self.folder)):
             raise DataError(
                 f"{self.folder} holds images but no class folders: sort them into one folder per class, as in "
                 f"{self.folder.name}/<class>/<image>, or point to the folder above if this is a single class"
             )
         if not self.classes:
             raise DataError(f"{self.folder} has no class folders in it: expected {self.folder.name}/<class>/<image>")
-        unread = _unread_warning(self.folder, self.unread)
+        unread = unread_warning(self.folder, self.unread)
         raise DataError(
             f"the {len(self.classes)} class folders of {self.folder} hold no image: expected files ending in "
             f"{' '.join(_suffixes())}{f'. {unread}' if unread else ''}"
@@ -364,20 +364,44 @@ def _pillow() -> Any:
 
 def _decode(path: str, upright: bool) -> Any:
     """Raises whatever Pillow's decoders stumble over, from OSError and SyntaxError to struct.error and MemoryError."""
+    with decoding():
+        return _decoded(path, upright, None)
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Meanwhile Pillow's warnings are not shown, and that of a bomb is an error, in all threads; to be entered by one alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif|squeezevit\.data)\b")
+        warnings.simplefilter("error", _pillow().DecompressionBombWarning)
+        yield
+
+
+def image_or_reason(path: str, upright: bool = True, at_least: int | None = None) -> Any:
+    """What `read_image` gives, or a text that says why it cannot; many threads may call it, within one `decoding`.
+
+    at_least: pixels that the shorter side needs, so that a JPEG of twice, four or eight times as many may be decoded to fewer.
+    """
+    try:
+        return _decoded(path, upright, at_least)
+    except Exception as error:
+        return _reason(error, path)
+
+
+def _decoded(path: str, upright: bool, at_least: int | None) -> Any:
     pillow = _pillow()
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
     if status.st_size == 0:
         raise ValueError("empty file (0 bytes)")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", pillow.DecompressionBombWarning)
-        with pillow.open(path, formats=_formats()) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels, one side over {MAX_ASPECT} times the other")
-            rgb = _to_rgb(image)
-            return rgb.transpose(getattr(pillow.Transpose, turn)) if upright and (turn := _turn(image)) else rgb
+    with pillow.open(path, formats=_formats()) as image:
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels, one side over {MAX_ASPECT} times the other")
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        rgb = _to_rgb(image)
+        return rgb.transpose(getattr(pillow.Transpose, turn)) if upright and (turn := _turn(image)) else rgb
 
 
 def _turn(image: Any) -> str | None:
@@ -437,7 +461,7 @@ def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor
     Raises DataError where fewer than two are readable.
     """
     unread: Counter[str] = Counter()
-    files = list(_images(Path(root), unread))
+    files = list(images_in(Path(root), unread))
     chosen = files[:: max(len(files) // most, 1)][:most]
     out = []
     for path in chosen:
@@ -447,7 +471,7 @@ def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor
             logger.warning("%s is left out: %s", path, error)
     if len(out) < 2:
         raise DataError(f"{root} holds {len(files)} images, {len(out)} of them readable; give a folder of some tens")
-    if text := _unread_warning(root, unread):
+    if text := unread_warning(root, unread):
         logger.warning("%s", text)
     return out
 
@@ -517,7 +541,7 @@ def _order_warning(folder: Path, classes: Sequence[str]) -> str | None:
     )
 
 
-def _unread_warning(folder: str | Path, unread: Mapping[str, int]) -> str | None:
+def unread_warning(folder: str | Path, unread: Mapping[str, int]) -> str | None:
     if not unread:
         return None
     counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
@@ -541,7 +565,7 @@ def _suffix(name: str) -> str:
     return dot + last
 
 
-def _images(folder: Path, unread: Counter[str] | None = None) -> Iterator[str]:
+def images_in(folder: Path, unread: Counter[str] | None = None) -> Iterator[str]:
     """Paths of what can be read; what merely looks like an image is counted in `unread`."""
     suffixes = {*_suffixes()}
     for parent, folders, files in os.walk(folder, onerror=_raise):

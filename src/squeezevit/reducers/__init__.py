@@ -33,9 +33,13 @@ def from_dict(values: Mapping[str, Any]) -> Reducer:
     >>> from_dict({"name": "ToMe", "r": 4})
     ToMe(r=4)
     """
+    from squeezevit.reducers.catalog import methods  # which imports these
+
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "name"}
+    templates = (row.template() for row in methods().values())
+    by_name = {**{type(template).__name__: type(template) for template in templates}, **_BY_NAME}
     try:
-        return _BY_NAME[values["name"]](**fields)
+        return by_name[values["name"]](**fields)
     except (KeyError, TypeError) as error:
-        known = ", ".join(_BY_NAME)
+        known = ", ".join(by_name)
         raise ConfigError(f"{dict(values)} describes no reducer of this version ({error}); known are {known}") from error

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from squeezevit.errors import CheckpointError, ConfigError, DataError, MissingExtraError, SqueezeViTError, TrainingError
+from squeezevit.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    SqueezeViTError,
+    TrainingError,
+    UnsupportedError,
+)
 
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -36,6 +44,7 @@ try:
 except ImportError as missing:
     raise MissingExtraError(f'training needs {missing.name}: run `pip install "squeezevit[train]"`') from missing
 
+from squeezevit import bundle, reducers
 from squeezevit.checkpoint import load_checkpoint_, save_checkpoint
 from squeezevit.core.attach import restore_, retune_
 from squeezevit.core.running import evaluation_mode
@@ -153,6 +162,7 @@ class _Run:
         self._open_data(last, state)
         net, self.reducer = build.build_model(config, self.classes)
         self._set_transforms(net)
+        self.card = self._card(net) if accelerator.is_main_process else None
         self.teacher = build.build_teacher(config, net, self.classes)
         self.objective = Objective(self._criterion(), config.loss, self.teacher)
         net.to(accelerator.device).train()
@@ -532,7 +542,21 @@ class _Run:
         optimizer = sharding.whole(self.optimizer.state_dict(), main) if name == "last" else None
         self._on_main(lambda: checkpoints.write_folder(self.out / name, lambda folder: self._fill(folder, weights, optimizer)))
 
+    def _card(self, net: nn.Module) -> bundle.Card | None:
+        """What makes a checkpoint a bundle; None, with a warning, where the model's constructor cannot be written down."""
+        wanted = self.config.model
+        options = {"name": wanted.name, **wanted.options}
+        try:
+            found = bundle.card_of(net, options=options, image_size=wanted.image_size, classes=self.names)
+        except (ConfigError, UnsupportedError) as error:
+            logger.warning("checkpoints of this run are no bundles, and are loaded by --model and --checkpoint: %s", error)
+            return None
+        upright = replace(found.preprocessing, upright=self.config.data.upright)
+        return replace(found, reducer=reducers.to_dict(self.reducer), preprocessing=upright)
+
     def _fill(self, folder: Path, weights: dict[str, dict[str, Tensor]], optimizer: dict[str, Any] | None) -> None:
+        if self.card is not None:
+            bundle.describe_(folder, replace(self.card, measured={"best top-1": self.best, "epoch": self.epoch}))
         for file, model in self.saved.items():
             save_checkpoint(model, folder / f"{file}.safetensors", weights[file])
         if optimizer is not None:

@@ -1,0 +1,252 @@
+"""A bundle: a folder with a model's weights and all that belongs to them, so that nothing of it need ever be typed again.
+
+`model.safetensors` holds the weights, learned heads included, or another file the exported model; `squeezevit.json` the card: how
+the model is built, its reducer, preprocessing, classes, versions and what was measured; `SHA256SUMS` a sum of each. No pickle.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from squeezevit import sums
+from squeezevit.bench.machine import versions
+from squeezevit.bundle import hosts
+from squeezevit.checkpoint import load_checkpoint_, save_checkpoint
+from squeezevit.core.attach import reduce_
+from squeezevit.core.cut import require_model
+from squeezevit.core.running import evaluation_mode, forward, images
+from squeezevit.data.pixels import Preprocessing
+from squeezevit.errors import CheckpointError, ConfigError, UnsupportedError
+from squeezevit.reducers import from_dict, to_dict
+
+FORMAT = 1
+CARD, WEIGHTS = "squeezevit.json", "model.safetensors"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+ENGINES = {"torch": WEIGHTS, "onnx": "model.onnx", "openvino": "model.xml", "program": "model.pt2", "aoti": "model.aoti.pt2"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `squeezevit.json` says.
+
+    host: library and how it builds the model; dtype: of its weights, by torch's name; reducer: as `to_dict`, None where there
+    is none; engine: a key of `ENGINES`, whose file holds the model; exported: of an exported model its batch size (None: any),
+    precision and outputs; measured: figures.
+    """
+
+    host: dict[str, Any]
+    reducer: dict[str, Any] | None
+    grid: bool
+    dtype: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+    engine: str = "torch"
+    exported: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def save(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    options: Mapping[str, Any] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    classes: Sequence[str] | None = None,
+    preprocessing: Any = None,
+    measured: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model, reduced or not, with all that belongs to it, as a folder that `load` reads; an old bundle is replaced whole.
+
+    Before anything is written the model is built anew from what the card says, and must give the same numbers to the last bit.
+
+    options: how its library built it, as {"name": "ViT-B-32"} of open_clip, or what timm.create_model was called with beside the
+    name; what the model itself tells need not be given. image_size: pixels a side, or height and width; None: its own.
+    classes: a name for each output, in their order. preprocessing: a `Preprocessing`, a dictionary of its fields, transformers'
+    image processor, or torchvision's `weights.transforms()`; None: what timm, or open_clip's model, says. measured: figures kept.
+
+    Raises UnsupportedError for models of other libraries, and ConfigError where what is known does not build this model, where
+    preprocessing is needed and where the classes do not fit; nothing is then written.
+
+    >>> save(reduce_(model, ETPS(keep=0.5)), "my-vit", classes=["cat", "dog"])  # doctest: +SKIP
+    """
+    card = card_of(model, options=options, image_size=image_size, classes=classes, preprocessing=preprocessing)
+    card = replace(card, measured=dict(measured or {}))
+    write(Path(folder), card, lambda new: save_checkpoint(model, new / WEIGHTS))
+
+
+def load(folder: str | PathLike[str]) -> nn.Module:
+    """The model of a bundle that `save` wrote, in evaluation mode, reduced as it was.
+
+    Raises CheckpointError where the folder is no bundle, a file of it is missing or is not what was written, or it holds an
+    exported model, and ConfigError for a reducer of another version.
+
+    >>> load("my-vit")(images)  # doctest: +SKIP
+    """
+    return open_bundle(folder)[0]
+
+
+def open_bundle(folder: str | PathLike[str]) -> tuple[nn.Module, Card]:
+    """`load`, and the card beside it."""
+    path = bundle_in(folder)
+    card = read_card(path)
+    if card.engine != "torch":
+        raise CheckpointError(
+            f"{path} holds a model exported to {card.engine}, which runs without torch; run it by "
+            f"`squeezevit predict --from {path}`, or load the bundle that it was exported from"
+        )
+    model = rebuilt(card)
+    load_checkpoint_(model, path / WEIGHTS)
+    return model.eval(), card
+
+
+def card_of(
+    model: nn.Module,
+    *,
+    options: Mapping[str, Any] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    classes: Sequence[str] | None = None,
+    preprocessing: Any = None,
+) -> Card:
+    """The card of a model, which is proved to build it; as `save`."""
+    require_model(model)
+    state = vars(model).get("squeezevit_state")
+    host = hosts.record(model, options)
+    reducer = None if state is None or not state.stages else to_dict(state.reducer)
+    for_images = hosts.preprocessing(model, preprocessing, image_size)
+    if (kind := str(next(model.parameters()).dtype).removeprefix("torch.")) not in _DTYPES:
+        raise ConfigError(f"weights of {kind} are not saved as a bundle; save the model before it is quantised")
+    names = None if classes is None else tuple(map(str, classes))
+    grid = state is not None and state.grid
+    card = Card(host, reducer, grid, kind, for_images, names, versions=versions())
+    _prove(model, card)
+    return card
+
+
+def rebuilt(card: Card) -> nn.Module:
+    """A model as the card describes it, with weights that are still to be loaded."""
+    model = hosts.build(card.host).to(_DTYPES[card.dtype])
+    return reduce_(model, from_dict(card.reducer), grid=card.grid) if card.reducer is not None else model
+
+
+def write(folder: Path, card: Card, fill: Callable[[Path], None]) -> None:
+    """A folder with what `fill` writes into an empty one, the card, the classes, and sums; it appears whole or not at all.
+
+    Raises ConfigError where it cannot be written, or where another folder than a bundle is in its place.
+    """
+    if folder.exists() and not (folder / CARD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there and is no bundle; choose another folder, or take that one away first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}); choose a folder of your own") from error
+    try:
+        fill(new)
+        describe_(new, card)
+        sums.write(new)
+        new.chmod(0o755)  # mkdtemp's is the owner's alone
+        if folder.exists():
+            folder.rename(new.with_name(f"{new.name}.old"))
+        new.rename(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} could not be written ({error.strerror or error}); make room there, or choose another"
+        ) from error
+    finally:
+        for left in (new, new.with_name(f"{new.name}.old")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def describe_(folder: Path, card: Card) -> None:
+    """Write the card and the classes beside a model's files; sums, which make a bundle of it, are the caller's to write."""
+    text = json.dumps({**asdict(card), "preprocessing": card.preprocessing.to_dict()}, indent=1, ensure_ascii=False)
+    (folder / CARD).write_text(text + "\n", encoding="utf-8")
+    if card.classes is not None:
+        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in card.classes), encoding="utf-8")
+
+
+def bundle_in(folder: str | PathLike[str]) -> Path:
+    """The folder, or the bundle `best` in it where it is one that `squeezevit train` wrote."""
+    path = Path(folder)
+    return path / "best" if not (path / CARD).is_file() and (path / "best" / CARD).is_file() else path
+
+
+def read_card(folder: str | PathLike[str]) -> Card:
+    """What a bundle says of itself, all its files being as they were written. Raises CheckpointError where they are not."""
+    path = bundle_in(folder)
+    file = path / CARD
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is no bundle: there is no {CARD} in it; give a folder that sv.save or a command wrote"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}); {sums.REMEDY}") from error
+    card = _card(values, file)
+    if not sums.check_folder(path):
+        raise CheckpointError(f"{path} lacks {sums.NAME}, so that nobody can say whether its files are whole; {sums.REMEDY}")
+    if not (path / ENGINES[card.engine]).is_file():
+        raise CheckpointError(f"{path} lacks {ENGINES[card.engine]}; {sums.REMEDY}")
+    return card
+
+
+def _card(values: Any, file: Path) -> Card:
+    version = values.get("format") if isinstance(values, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{file} is of format {version!r}, this version reads {FORMAT}; use the version that wrote it")
+    try:
+        given = {**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])}
+        given["classes"] = None if given["classes"] is None else tuple(given["classes"])
+        card = Card(**given)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} describes no model of this version ({error}); use the version that wrote it") from error
+    if card.dtype not in _DTYPES:
+        raise CheckpointError(f"{file}: weights of {card.dtype!r} are not known to this version; use the version that wrote it")
+    if card.engine not in ENGINES:
+        raise CheckpointError(f"{file}: engine {card.engine!r} is not known to this version; use the version that wrote it")
+    return card
+
+
+def _prove(model: nn.Module, card: Card) -> None:
+    """Raise ConfigError where the card does not give this very model."""
+    remedy = hosts.REMEDIES[card.host["library"]]
+    with torch.random.fork_rng(devices=[]):  # nobody's later numbers depend on whether a model was saved
+        told, found = _both(model, card, remedy)
+    if told.shape != found.shape or not torch.equal(told, found):
+        raise ConfigError(f"what is known of this {type(model).__name__} builds another model, whose numbers differ; {remedy}")
+    if card.classes is not None and len(card.classes) != told.shape[-1]:
+        raise ConfigError(f"classes gives {len(card.classes)} names, and the model has {told.shape[-1]} outputs; give one for each")
+
+
+def _both(model: nn.Module, card: Card, remedy: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model puts out, and what the one that the card describes does with its weights."""
+    try:
+        again, weights = rebuilt(card).to(next(model.parameters()).device), model.state_dict()
+        load_checkpoint_(again, weights, "the model's weights")
+        if other := [key for key, value in again.state_dict().items() if value.dtype != weights[key].dtype]:
+            raise ConfigError(f"its weights are of several dtypes, as {other[0]} is {weights[other[0]].dtype}; convert it to one")
+    except (CheckpointError, ConfigError, UnsupportedError) as error:
+        raise ConfigError(f"what is known of this {type(model).__name__} does not build it again ({error}); {remedy}") from error
+    x = images(model, 1, card.preprocessing.crop)
+    with torch.no_grad(), evaluation_mode(model), evaluation_mode(again):
+        return _run(model, x), _run(again, x)
+
+
+def _run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The first tensor that a model, or the part of it that takes images, puts out."""
+    torch.manual_seed(0)  # Random's own
+    out = forward(model, x, "fp32")()
+    while not isinstance(out, torch.Tensor):
+        out = next(v for v in (out.values() if isinstance(out, dict) else out) if v is not None)
+    return out

@@ -1,0 +1,322 @@
+"""A model and all that belongs to it in one folder: the same numbers again, and nothing that is not as it was written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from PIL import Image
+from torch import nn
+
+import squeezevit as sv
+import zoo
+from squeezevit.bundle import CARD, Card, read_card
+from squeezevit.data.folder import eval_transform
+from squeezevit.data.pixels import Preprocessing
+from squeezevit.errors import CheckpointError, ConfigError, SqueezeViTError, UnsupportedError
+
+SIZES = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+HUGGING = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+HOW = {"resize": 32, "crop": (32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def timm_model(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, **SIZES, **options).eval()
+
+
+def hugging() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**HUGGING, intermediate_size=96, num_labels=5, attn_implementation="eager")
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def of_torchvision() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.VisionTransformer(32, 8, 4, 3, 48, 96, num_classes=5).eval()
+
+
+@pytest.fixture
+def open_clip_name(tmp_path: Path) -> str:
+    vision = {"image_size": 32, "layers": 4, "width": 48, "head_width": 16, "patch_size": 8}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {"width": 32, "heads": 2, "layers": 1}}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny-for-bundles.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "configs")
+    return "tiny-for-bundles"
+
+
+HOSTS = {
+    "timm": (timm_model, {"options": SIZES}),
+    "transformers": (hugging, {"preprocessing": HOW}),
+    "torchvision": (of_torchvision, {"preprocessing": HOW}),
+}
+ELSEWHERE = """
+import sys, torch, squeezevit as sv
+folder, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # other sums where they differ
+with torch.no_grad():
+    torch.save(sv.load(folder + "/b")(torch.load(folder + "/x.pt")), folder + "/y.pt")
+"""
+REDUCERS = {**{name: zoo.REDUCERS[name] for name in ("etps", "dtps", "tome", "etps-mass", "evit")}, "none": None}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", REDUCERS)
+def test_the_same_numbers_again_wherever_the_folder_lies(host, name, tmp_path):
+    make, given = HOSTS[host]
+    model, x = make(), zoo.images(2, size=32)
+    if REDUCERS[name] is not None:
+        zoo.reduce(model, REDUCERS[name])
+    with torch.no_grad():
+        expected = first(model(x))
+        sv.save(model, tmp_path / "here", classes=list("abcde"), **given)
+        shutil.move(tmp_path / "here", tmp_path / "there")
+        again = sv.load(tmp_path / "there")
+        assert torch.equal(first(again(x)), expected)
+    assert type(again).__name__ == type(model).__name__ and not again.training
+    card = read_card(tmp_path / "there")
+    assert card.classes == tuple("abcde") and (tmp_path / "there/classes.txt").read_text() == "a\nb\nc\nd\ne\n"
+    assert {f.name for f in (tmp_path / "there").iterdir()} == {CARD, "model.safetensors", "classes.txt", "SHA256SUMS"}
+
+
+def first(out):
+    return out if isinstance(out, torch.Tensor) else next(iter(out.values()))
+
+
+def test_a_model_of_open_clip(open_clip_name, tmp_path):
+    torch.manual_seed(0)
+    model = sv.reduce_(open_clip.create_model(open_clip_name, pretrained=None).eval(), sv.ETPS(keep=0.5))
+    with pytest.raises(ConfigError, match="open_clip does not say how this CLIP was built; give options="):
+        sv.save(model, tmp_path / "b")
+    sv.save(model, tmp_path / "b", options={"name": open_clip_name})
+    x = zoo.images(2, size=32)
+    with torch.no_grad():
+        assert torch.equal(sv.load(tmp_path / "b").encode_image(x), model.encode_image(x))
+    assert read_card(tmp_path / "b").preprocessing.mean[0] == pytest.approx(0.48145466)
+
+
+def test_another_process_gives_the_same_numbers(tmp_path):
+    model, x = sv.reduce_(timm_model(), sv.DTPS(keep=0.5)), zoo.images(1, size=32)
+    sv.save(model, tmp_path / "b", options=SIZES)
+    torch.save(x, tmp_path / "x.pt")
+    threads = str(torch.get_num_threads())
+    subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path, threads], check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "y.pt"), model(x))
+
+
+def test_half_precision_and_grids_stay(tmp_path):
+    model = sv.reduce_(
+        transformers.Dinov2Model(transformers.Dinov2Config(**HUGGING, mlp_ratio=2)).eval().bfloat16(), sv.ETPS(0.5), grid=True
+    )
+    sv.save(model, tmp_path / "b", preprocessing=HOW)
+    again, x = sv.load(tmp_path / "b"), zoo.images(1, size=32).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(again(x).last_hidden_state, model(x).last_hidden_state)
+    assert next(again.parameters()).dtype == torch.bfloat16
+
+
+def saved(tmp_path: Path) -> Path:
+    sv.save(sv.reduce_(timm_model(), sv.ETPS(keep=0.5)), tmp_path / "b", options=SIZES, classes=list("abcde"))
+    return tmp_path / "b"
+
+
+SPOILT = {
+    "a flipped bit": (lambda b: spoil(b / "model.safetensors"), "model.safetensors is not what was written"),
+    "no weights": (lambda b: (b / "model.safetensors").unlink(), "does not hold what was written"),
+    "another file": (lambda b: (b / "more.txt").touch(), "does not hold what was written"),
+    "other classes": (lambda b: (b / "classes.txt").write_text("b\na\n"), "classes.txt is not what was written"),
+    "another card": (lambda b: card(b, grid=True), "squeezevit.json is not what was written"),
+    "another version": (lambda b: card(b, format=99), r"is of format 99, this version reads 1"),
+    "an unknown engine": (lambda b: card(b, engine="warp"), "engine 'warp' is not known"),
+    "an unknown field": (lambda b: card(b, colour="red"), "describes no model of this version"),
+    "no card": (lambda b: (b / CARD).unlink(), "is no bundle: there is no squeezevit.json"),
+    "no JSON": (lambda b: (b / CARD).write_text("{"), "cannot be read"),
+    "a list": (lambda b: (b / CARD).write_text("[]"), "is of format None"),
+    "no sums": (lambda b: (b / "SHA256SUMS").unlink(), "lacks SHA256SUMS"),
+}
+
+
+def spoil(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def card(bundle: Path, **values) -> None:
+    (bundle / CARD).write_text(json.dumps({**json.loads((bundle / CARD).read_text()), **values}))
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_is_not_as_it_was_written_is_refused(case, tmp_path):
+    bundle, (change, message) = saved(tmp_path), SPOILT[case]
+    change(bundle)
+    with pytest.raises(CheckpointError, match=message):
+        sv.load(bundle)
+
+
+def test_an_unknown_reducer_is_refused(tmp_path):
+    bundle = saved(tmp_path)
+    card(bundle, reducer={"name": "TeleTPS", "keep": 0.5})
+    sums_again(bundle)
+    with pytest.raises(ConfigError, match="describes no reducer of this version"):
+        sv.load(bundle)
+
+
+def sums_again(bundle: Path) -> None:
+    from squeezevit import sums
+
+    (bundle / sums.NAME).unlink()
+    sums.write(bundle)
+
+
+REFUSED = {
+    "timm": (timm_model, {}, ConfigError, "give options= what timm.create_model was called with"),
+    "no preprocessing": (hugging, {}, ConfigError, "transformers does not say how photographs are made ready"),
+    "too few classes": (timm_model, {"options": SIZES, "classes": ["a"]}, ConfigError, "1 names, and the model has 5 outputs"),
+    "another library": (lambda: nn.Linear(2, 2), {}, SqueezeViTError, "cannot be saved as a bundle"),
+    "options of transformers": (hugging, {"options": {"x": 1}, "preprocessing": HOW}, ConfigError, "leave options out"),
+    "a function": (timm_model, {"options": {**SIZES, "norm_layer": nn.LayerNorm}}, ConfigError, "do not go into a file"),
+    "another size": (hugging, {"preprocessing": HOW, "image_size": 64}, ConfigError, "give one of them, or the same size"),
+    "odd preprocessing": (hugging, {"preprocessing": 3}, ConfigError, "preprocessing=3 is not known"),
+    "no model": (lambda: "deit", {}, UnsupportedError, "is not a model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_saved_leaves_nothing_behind(case, tmp_path):
+    make, given, kind, message = REFUSED[case]
+    with pytest.raises(kind, match=message):
+        sv.save(make(), tmp_path / "b", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_folder_is_not_overwritten_and_an_old_bundle_is(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is there and is no bundle; choose another folder"):
+        sv.save(timm_model(), tmp_path / "mine", options=SIZES)
+    bundle = saved(tmp_path)
+    sv.save(timm_model(), bundle, options=SIZES)
+    assert read_card(bundle).reducer is None
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_small_patch16_224", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize("size", [(640, 480), (300, 301), (100, 700), (33, 47)])
+def test_preprocessing_is_timm_s_to_the_last_bit(name, size):
+    from squeezevit.bundle.hosts import preprocessing
+
+    model = timm.create_model(name, depth=1)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    assert np.array_equal(preprocessing(model, None, None)(image), eval_transform(model)(image).numpy())
+
+
+@pytest.mark.parametrize("processor", [transformers.ViTImageProcessor(), transformers.BitImageProcessor()])
+def test_preprocessing_is_that_of_transformers(processor):
+    from squeezevit.bundle.hosts import preprocessing
+
+    model, image = hugging(), Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70, 3), dtype=np.uint8))
+    found = preprocessing(model, processor, None)(image)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    assert np.abs(found - expected).max() < 0.02  # transformers resizes tensors, a step of 255 is 0.016
+
+
+def test_preprocessing_is_that_of_torchvision():
+    from squeezevit.bundle.hosts import preprocessing
+
+    how = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.transforms()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 280, 3), dtype=np.uint8))
+    assert np.array_equal(preprocessing(of_torchvision(), how, None)(image), how(image).numpy())
+
+
+def test_preprocessing_that_cannot_be_meant():
+    for values in ({"resize": 0}, {"resize": 16}, {"mean": (0.5,)}, {"std": (0, 1, 1)}, {"interpolation": "magic"}, {"crop": "a"}):
+        with pytest.raises(ConfigError):
+            Preprocessing(**{**HOW, **values})
+
+
+def asked(capsys, *line: object) -> tuple[int, str]:
+    """The exit code of a command line, and all that it said."""
+    from squeezevit import cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*map(str, line)])
+    said = capsys.readouterr()
+    return ended.value.code or 0, " ".join((said.out + said.err).split())
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Two in each of five class folders."""
+    rng = np.random.default_rng(0)
+    for name in "abcde":
+        (tmp_path / "photos/val" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 255, (50, 60, 3), dtype=np.uint8)).save(tmp_path / f"photos/val/{name}/{i}.png")
+    return tmp_path / "photos"
+
+
+def test_commands_take_a_bundle(tmp_path, photographs, capsys):
+    bundle = saved(tmp_path)
+    code, said = asked(capsys, "eval", "--from", bundle, "--data", photographs, "--workers", 0, "--json", tmp_path / "e.json")
+    assert code == 0, said
+    written = json.loads((tmp_path / "e.json").read_text())
+    assert written["reducer"] == repr(sv.ETPS(keep=0.5)) and [row["images"] for row in written["rows"]] == [10, 10]
+    code, said = asked(
+        capsys, "bench", "--from", bundle, "--methods", "identity", "--rounds", 1, "--batch-size", 1, "--json", tmp_path / "b.json"
+    )
+    assert code == 0, said
+    assert [row["method"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]] == ["identity", "bundle"]
+    code, said = asked(capsys, "plan", "--from", bundle, "--macs", 0.6)
+    assert code == 0 and "To use it: sv.reduce_(model, sv.ETPS(keep=" in said
+    code, said = asked(capsys, "show", photographs / "val/a/0.png", "--from", bundle, "--out", tmp_path, "--image-size", 32)
+    assert code == 0 and (tmp_path / "0-etps.png").is_file(), said
+
+
+CONTRADICTIONS = {
+    "--model": ("deit_small_patch16_224", "brings the model and its weights; leave --model out"),
+    "--checkpoint": ("x.pth", "leave --checkpoint out"),
+    "--num-classes": ("5", "leave --num-classes out"),
+    "--method": ("dtps", "brings its reducer, ETPS(keep=0.5, at=None, score='auto', mass=False); leave --method out"),
+    "--keep": ("0.7", "leave --keep out"),
+    "--at": ("1,2", "leave --at out"),
+    "--macs": ("0.5", "leave --macs out"),
+    "--time": ("0.5", "leave --latency out"),
+    "--image-size": ("64", "is for 32 x 32 pixels; leave --image-size out"),
+    "--classes": ("names.txt", "the bundle brings its classes; leave --classes out"),
+}
+
+
+@pytest.mark.parametrize("option", CONTRADICTIONS)
+def test_what_contradicts_a_bundle_is_refused(option, tmp_path, photographs, capsys):
+    value, message = CONTRADICTIONS[option]
+    code, said = asked(capsys, "eval", "--from", saved(tmp_path), "--data", photographs, option, value)
+    assert code == 2 and message in said
+
+
+def test_an_unreduced_bundle_takes_a_reducer_by_budget(tmp_path, photographs, capsys):
+    sv.save(timm_model(), tmp_path / "b", options=SIZES)
+    code, said = asked(
+        capsys, "eval", "--from", tmp_path / "b", "--data", photographs, "--method", "tome", "--macs", "70%", "--workers", 0,
+        "--json", tmp_path / "e.json",
+    )  # fmt: skip
+    assert code == 0, said
+    assert json.loads((tmp_path / "e.json").read_text())["rows"][1]["macs_share"] == pytest.approx(0.7, abs=0.05)
+    code, said = asked(capsys, "eval", "--from", tmp_path / "b", "--data", photographs, "--keep", 0.5, "--macs", 0.5)
+    assert code == 2 and "--keep and a budget both say how much is kept" in said
+
+
+def test_a_card_s_fields_are_all_written(tmp_path):
+    written = json.loads((saved(tmp_path) / CARD).read_text())
+    assert {*written} == {*Card.__dataclass_fields__}
+    assert written["versions"]["torch"] == torch.__version__.split("+")[0] or written["versions"]["torch"]
