@@ -17,7 +17,7 @@ from squeezevit.core.attach import reduce_
 from squeezevit.core.cut import convert, load_families, require_model
 from squeezevit.core.reducer import Reducer
 from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError
-from squeezevit.reducers import from_dict
+from squeezevit.reducers.catalog import from_dict
 
 Model = TypeVar("Model", bound=nn.Module)
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # where training scripts put the weights

@@ -25,7 +25,8 @@ from squeezevit.core.cut import require_model
 from squeezevit.core.running import evaluation_mode, forward, images
 from squeezevit.data.pixels import Preprocessing
 from squeezevit.errors import CheckpointError, ConfigError, UnsupportedError
-from squeezevit.reducers import from_dict, to_dict
+from squeezevit.reducers import to_dict
+from squeezevit.reducers.catalog import from_dict
 
 FORMAT = 1
 CARD, WEIGHTS = "squeezevit.json", "model.safetensors"

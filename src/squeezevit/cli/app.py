@@ -11,6 +11,7 @@ from typing import Any, cast
 import typer
 
 from squeezevit.cli import faults, inputs, options, screen
+from squeezevit.cli.predict import embed, predict
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
 
 app = typer.Typer(
@@ -328,6 +329,10 @@ def plan(
     screen.say(f"To use it: sv.reduce_(model, {_pasted(made.reducer)})")
     told = str(source or model or inputs.MEASURED)
     inputs.write_json(json_file, {**header(device), "model": told, **asdict(made), "reducer": repr(made.reducer)})
+
+
+for _command in (predict, embed):
+    app.command(cls=options.Command)(_command)
 
 
 @app.command(cls=options.Command)

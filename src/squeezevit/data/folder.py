@@ -374,6 +374,7 @@ def decoding() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif|squeezevit\.data)\b")
         warnings.simplefilter("error", _pillow().DecompressionBombWarning)
+        _formats()  # found once, before threads ask
         yield
 
 

@@ -103,6 +103,35 @@ def import_methods(module: str) -> None:
         raise ConfigError(f"--import {module}: {error}; give the name of a module that Python finds, without .py") from error
 
 
+def from_dict(values: Mapping[str, Any]) -> Reducer:
+    """The reducer that `squeezevit.reducers.to_dict` took apart, a registered method's too.
+
+    Raises ConfigError where there is no such reducer, or it has no such fields.
+
+    >>> from_dict({"name": "ToMe", "r": 4})
+    ToMe(r=4)
+    """
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "name"}
+    kinds = (
+        *map(type, (row.template() for row in methods().values())),
+        DTPS,
+        ETPS,
+        DynamicViT,
+        EViT,
+        Identity,
+        Random,
+        Squeeze,
+        ToMe,
+        TopK,
+    )
+    by_name = {kind.__name__: kind for kind in kinds}
+    try:
+        return by_name[values["name"]](**fields)
+    except (KeyError, TypeError) as error:
+        known = ", ".join(by_name)
+        raise ConfigError(f"{dict(values)} describes no reducer of this version ({error}); known are {known}") from error
+
+
 def method(name: str) -> Method:
     """The row of this name, in any case. Raises ConfigError where there is none, naming those there are and the nearest.
 

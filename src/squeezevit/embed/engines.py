@@ -1,0 +1,225 @@
+"""What runs a bundle: torch, torch compiled, onnxruntime or OpenVINO, all called alike, with arrays of NumPy."""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from squeezevit.bundle import ENGINES, Card, load, read_card
+from squeezevit.core.cut import description_of
+from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError
+
+Run = Callable[[np.ndarray], np.ndarray]  # [b, 3, H, W] -> [b, K or C]
+_HEADS = ("head", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "heads")  # what the libraries call one
+_OUTPUTS = ("logits", "image_embeds", "pooler_output")  # what a model of transformers puts out for a photograph, the best first
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A bundle's model, ready to run.
+
+    name: "torch", "compiled", "onnx", "openvino", "program" or "aoti". card: what the bundle says of itself. id: SHA-256 of the
+    model's files, so that features of two models are never mixed. folder: where the bundle lies. call: the model itself.
+    """
+
+    name: str
+    card: Card
+    id: str
+    folder: Path
+    call: Run
+
+    @property
+    def batch(self) -> int | None:
+        """Images that the model takes at once, None where it takes any number."""
+        return self.card.exported.get("batch")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.card.preprocessing.crop
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Images float32 [b, 3, H, W] -> float32 [b, K or C], of any b; a model of a fixed batch gets the last one padded.
+
+        Raises ConfigError for images of another shape, UnsupportedError where the model does not put out one row an image.
+        """
+        if images.shape[1:] != (3, *self.image_size) or not len(images):
+            raise ConfigError(f"images of shape {images.shape}: the model of {self.folder} takes [b, 3, {self.image_size}]")
+        size = self.batch or len(images)
+        out = [self.call(padded(images[i : i + size], size))[: len(images) - i] for i in range(0, len(images), size)]
+        if out[0].ndim != 2:
+            raise UnsupportedError(
+                f"the model of {self.folder} puts out {out[0].shape} for {size} images, and not a row for each; save or export one "
+                "that pools its tokens"
+            )
+        return np.concatenate(out).astype(np.float32, copy=False)
+
+
+def padded(images: np.ndarray, size: int) -> np.ndarray:
+    """Images [b, ...] with the last one repeated -> [size, ...].
+
+    >>> padded(np.array([[1], [2]]), 4).tolist()
+    [[1], [2], [2], [2]]
+    """
+    return np.concatenate([images, np.repeat(images[-1:], size - len(images), 0)]) if len(images) < size else images
+
+
+def open_engine(
+    folder: str | PathLike[str], engine: str | None = None, threads: int | None = None, features: bool = False
+) -> Engine:
+    """The engine that runs a bundle; None: the one that it was exported to, and torch for one that was not.
+
+    threads: of the CPU, None: the engine's own choice. features: what goes into the classifier is put out, in place of what comes
+    from it; an exported model must have been exported without one.
+
+    Raises what `squeezevit.bundle.read_card` raises, ConfigError for an engine that the bundle does not hold or a classifier that
+    cannot be left out, MissingExtraError where the runtime is not installed, and CheckpointError where it cannot open the model.
+
+    >>> open_engine("my-vit").run(images).shape  # doctest: +SKIP
+    (16, 1000)
+    """
+    path = Path(folder)
+    card = read_card(path)
+    name = _chosen(path, card, engine)
+    if features and card.engine != "torch" and card.classes is not None:
+        raise ConfigError(
+            f"{path} was exported with its classifier, and puts out {len(card.classes)} classes, not features; export the model "
+            "without a classifier (num_classes=0), or use `squeezevit predict`"
+        )
+    call = _of_torch(path, threads, features, name == "compiled") if card.engine == "torch" else _OPENERS[name](path, threads)
+    return Engine(name, card, _identity(path, card), path, call)
+
+
+def _chosen(folder: Path, card: Card, engine: str | None) -> str:
+    held = ("torch", "compiled") if card.engine == "torch" else (card.engine,)
+    known = (*dict.fromkeys(("torch", "compiled", *ENGINES)),)
+    if engine is not None and engine not in known:
+        raise ConfigError(f"--engine {engine!r} is not known; choose one of {', '.join(held)} for {folder}")
+    if engine is not None and engine not in held:
+        raise ConfigError(
+            f"--engine {engine}: {folder} holds a model for {' or '.join(held)}; leave --engine out, or give a bundle exported to "
+            f"{'torch' if engine == 'compiled' else engine}"
+        )
+    return engine or held[0]
+
+
+def _identity(folder: Path, card: Card) -> str:
+    """SHA-256 of the model's files: OpenVINO has its weights beside the graph."""
+    file = folder / ENGINES[card.engine]
+    total = hashlib.sha256()
+    for part in filter(Path.is_file, (file, file.with_suffix(".bin"), file.with_name(f"{file.name}.data"))):
+        with part.open("rb") as content:
+            while block := content.read(1 << 20):
+                total.update(block)
+    return total.hexdigest()
+
+
+def _of_torch(folder: Path, threads: int | None, features: bool, compiled: bool) -> Run:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = load(folder)
+    if features:
+        _without_classifier_(model, folder)
+    about = description_of(model)
+    runs: Any = about.tower or model
+    if compiled:
+        runs = torch.compile(runs, fullgraph=True)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        x = torch.tensor(images)  # a copy where torch wants it: the same numbers wherever the array lies
+        with torch.inference_mode():
+            return _first(runs(*about.given(x), **about.named(x)), folder).float().numpy()
+
+    return run
+
+
+def _without_classifier_(model: nn.Module, folder: Path) -> None:
+    """Put identities in place of the linear layers that make classes of features."""
+    found = [name for name in _HEADS if isinstance(getattr(model, name, None), nn.Linear | nn.Sequential)]
+    if not found and vars(model).get("num_classes") and hasattr(model, "get_classifier"):
+        raise ConfigError(f"the classifier of {folder} is none that can be left out; save the model without one (num_classes=0)")
+    for name in found:
+        setattr(model, name, nn.Identity())
+
+
+def _first(out: Any, folder: Path) -> Tensor:
+    """What stands for a photograph among what a model puts out."""
+    named = [value for name in _OUTPUTS if isinstance(value := getattr(out, name, None), Tensor)]
+    if named or isinstance(out, Tensor):
+        return cast(Tensor, named[0] if named else out)
+    if isinstance(out, tuple | list) and out and isinstance(out[0], Tensor):
+        return out[0]
+    raise UnsupportedError(
+        f"the model of {folder} puts out a {type(out).__name__} without {', '.join(_OUTPUTS)}; save another class"
+    )
+
+
+def _of_onnx(folder: Path, threads: int | None) -> Run:
+    runtime = _installed("onnxruntime", "export", folder)
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = _opened(
+        folder / ENGINES["onnx"],
+        "onnxruntime",
+        lambda file: runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"]),
+    )
+    source, out = session.get_inputs()[0].name, session.get_outputs()[0].name
+    return lambda images: cast(np.ndarray, session.run([out], {source: images})[0])
+
+
+def _of_openvino(folder: Path, threads: int | None) -> Run:
+    runtime = _installed("openvino", "openvino", folder)
+    settings = {"PERFORMANCE_HINT": "LATENCY"} | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
+    model = _opened(folder / ENGINES["openvino"], "OpenVINO", lambda file: runtime.Core().compile_model(file, "CPU", settings))
+    return lambda images: cast(np.ndarray, model(images)[model.output(0)])
+
+
+def _of_program(folder: Path, threads: int | None) -> Run:
+    return _called(folder, threads, "program", lambda file: torch.export.load(file).module())
+
+
+def _of_package(folder: Path, threads: int | None) -> Run:
+    from torch._inductor import aoti_load_package
+
+    return _called(folder, threads, "aoti", aoti_load_package)
+
+
+def _called(folder: Path, threads: int | None, engine: str, open_: Callable[[str], Any]) -> Run:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    module = _opened(folder / ENGINES[engine], "torch", open_)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return _first(module(torch.tensor(images)), folder).float().numpy()
+
+    return run
+
+
+_OPENERS: dict[str, Callable[[Path, int | None], Run]] = {
+    "onnx": _of_onnx, "openvino": _of_openvino, "program": _of_program, "aoti": _of_package
+}  # fmt: skip
+
+
+def _installed(package: str, extra: str, folder: Path) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(f'{folder} is run by {package}: run `pip install "squeezevit[{extra}]"` ({error})') from error
+
+
+def _opened(file: Path, runtime: str, open_: Callable[[str], Any]) -> Any:
+    try:
+        return open_(str(file))
+    except Exception as error:  # each runtime has its own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{runtime} cannot open {file} ({first}); export the model again, on this machine") from error
