@@ -91,12 +91,12 @@ TELLING = ("etps", "etps-mass", "dtps", "tome")  # scores and hosts, masses, lea
 LEADING = (*zoo.MODELS, "dinov3", "hf-vit", "hf-dinov2", "hf-dinov3", "hf-siglip-tower", "torchvision", "open_clip-tower")
 THOROUGH = "average-pool"  # where most can go wrong: masses reach the bias, the scores and the pooling
 VARIANTS = ("identity", "etps-received", "dtps-topk", "evit-normalize")  # the code of another line of zoo.REDUCERS but for one step
-ELSEWHERE = tuple(name for name in zoo.REDUCERS if name not in VARIANTS)  # than in timm's VisionTransformer
+ELSEWHERE = tuple(name for name in zoo.REDUCERS if name not in VARIANTS)  # than in two kinds of timm's VisionTransformer
 
 
 def partners(model: str) -> tuple[str, ...]:
     """The reducers that a kind of model is asked about with."""
-    return TELLING if model not in LEADING else tuple(zoo.REDUCERS) if model in zoo.MODELS else ELSEWHERE
+    return TELLING if model not in LEADING else tuple(zoo.REDUCERS) if model in ("plain", THOROUGH) else ELSEWHERE
 
 
 CASES = [Case(model, reducer) for model in zoo.KINDS for reducer in partners(model)]

@@ -6,7 +6,20 @@ from pathlib import Path
 import squeezevit
 
 ROOT = Path(squeezevit.__file__).parent
-ROOMS = ("core", "families", "reducers", "budget", "bench", "data", "report", "train", "bundle", "export", "embed", "cli")  # of which each is a folder
+ROOMS = (
+    "core",
+    "families",
+    "reducers",
+    "budget",
+    "bench",
+    "data",
+    "report",
+    "train",
+    "bundle",
+    "export",
+    "embed",
+    "cli",
+)  # of which each is a folder
 ALONE = ("errors", "sums", "checkpoint", "extend")
 
 

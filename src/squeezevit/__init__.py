@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from squeezevit import errors
+from squeezevit import export as _room
 from squeezevit import families as _package  # noqa: F401  # loaded first, so that the name is the listing's hereafter
 from squeezevit.core import ops
 from squeezevit.core.attach import reduce_, restore_
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from squeezevit.budget.plan import plan, preset
     from squeezevit.bundle import load, save
     from squeezevit.checkpoint import from_pretrained, load_checkpoint_
+    from squeezevit.export.job import export
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "ToMe",
     "TopK",
     "errors",
+    "export",
     "families",
     "from_pretrained",
     "load",
@@ -50,9 +53,13 @@ _WHEN_ASKED = {  # what not every program that reduces a model needs is imported
     "preset": "squeezevit.budget.plan",
     "from_pretrained": "squeezevit.checkpoint",
     "load_checkpoint_": "squeezevit.checkpoint",
+    "export": "squeezevit.export.job",
     "load": "squeezevit.bundle",
     "save": "squeezevit.bundle",
 }
+
+
+del export, _room  # the room has the name of the function, which is imported when it is first named
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import typer
 
 from squeezevit.cli import faults, inputs, options, screen
+from squeezevit.cli.export import export
 from squeezevit.cli.predict import embed, predict
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
 
@@ -331,7 +332,7 @@ def plan(
     inputs.write_json(json_file, {**header(device), "model": told, **asdict(made), "reducer": repr(made.reducer)})
 
 
-for _command in (predict, embed):
+for _command in (export, predict, embed):
     app.command(cls=options.Command)(_command)
 
 

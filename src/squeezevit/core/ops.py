@@ -86,10 +86,10 @@ def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def uniqueness(x: Tensor, importance: Tensor) -> Tensor:
     """How unlike every more important token each token is: 1 - its highest cosine with one of them, 2 for the most important.
 
-    Shapes: [B, N, C], [B, N] -> [B, N], float32. Ties: the first of two counts as more important (in ONNX either may).
+    Shapes: [B, N, C], [B, N] -> [B, N], float32. Ties: the first of two counts as more important (in exports either may).
     """
-    if torch.onnx.is_in_onnx_export():
-        order = importance.topk(importance.shape[1], dim=1).indices  # it has no stable sort
+    if torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
+        order = importance.topk(importance.shape[1], dim=1).indices  # few runtimes have a stable sort
     else:
         order = importance.sort(dim=1, descending=True, stable=True).indices
     with no_autocast(x):
@@ -201,12 +201,33 @@ def fuse(reserved: Tensor, pruned: Tensor, hosts: Tensor, own: Tensor, weights: 
     """
     B, K, C = reserved.shape
     flat = _flat(hosts, K)
+    if torch.compiler.is_exporting():
+        own = own + wide(reserved[..., 0]).clamp(0, 0)  # runtimes make one number of a constant, and cannot add to its rows
+        if not _scatter:
+            return _fuse_by_product(reserved, pruned, hosts, wide(own), wide(weights))
     own, weights = wide(own).reshape(-1), wide(weights).reshape(-1)
     total = _add_rows(own.clone(), flat, weights)  # (B*K)
     share = weights / total.index_select(0, flat)  # (B*R)
     y = wide(reserved).reshape(B * K, C) * (own / total)[:, None]
     y = _add_rows(y, flat, wide(pruned).reshape(-1, C) * share[:, None])
     return y.view(B, K, C).to(reserved.dtype)
+
+
+_scatter = True  # whether an exported program may add rows by their number, which several runtimes get wrong
+
+
+def set_scatter(allowed: bool) -> None:
+    """Whether `fuse` may scatter in what torch.export captures from now on; otherwise it multiplies by a one-hot matrix."""
+    global _scatter
+    _scatter = allowed
+
+
+def _fuse_by_product(reserved: Tensor, pruned: Tensor, hosts: Tensor, own: Tensor, weights: Tensor) -> Tensor:
+    """`fuse` by a matrix product with each pruned token's host as one-hot column: equal to 1e-6."""
+    hot = (torch.arange(reserved.shape[1], device=hosts.device)[:, None] == hosts[:, None]).to(own.dtype)  # (B, K, R)
+    shares = hot * weights[:, None]
+    total = (own + shares.sum(dim=-1))[..., None]
+    return (wide(reserved) * (own[..., None] / total) + (shares / total) @ wide(pruned)).to(reserved.dtype)
 
 
 def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:

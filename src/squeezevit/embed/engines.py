@@ -178,7 +178,10 @@ def _of_onnx(folder: Path, threads: int | None) -> Run:
 
 def _of_openvino(folder: Path, threads: int | None) -> Run:
     runtime = _installed("openvino", "openvino", folder)
-    settings = {"PERFORMANCE_HINT": "LATENCY"} | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
+    hint = {"bf16": "bf16"}.get(read_card(folder).exported.get("hint", ""), "f32")  # OpenVINO's own choice differs by processor
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint} | (
+        {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    )
     model = _opened(folder / ENGINES["openvino"], "OpenVINO", lambda file: runtime.Core().compile_model(file, "CPU", settings))
     return lambda images: cast(np.ndarray, model(images)[model.output(0)])
 

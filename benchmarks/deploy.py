@@ -1,0 +1,152 @@
+"""The ladder: torch, ONNX Runtime and OpenVINO, fp32, bf16 and int8, dense and reduced, on one CPU: speed, and what it costs.
+
+python benchmarks/deploy.py                      # DINOv2 ViT-S/14 at 224 pixels: benchmarks/results/deploy.json
+python benchmarks/deploy.py --image-size 168     # benchmarks/results/deploy_168.json
+
+Each model is exported, verified and timed against the others in alternating rounds. Loss is that of a linear probe on solar cells,
+in points against the unreduced model in torch: with the probe fitted on that model's features, and with one fitted on the deployed
+model's own. int8 is calibrated on photographs of the part that the probe is fitted on.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import squeezevit as sv
+from squeezevit.bench.timing import alternate
+from squeezevit.core.running import share_weights
+from squeezevit.data import dinov2, elpv
+from squeezevit.data.probe import cosine, extract, fit_probe, load_images
+from squeezevit.embed.engines import open_engine
+from workshop import RESULTS, Sheet, arguments, say, standard_error
+
+CALIBRATED, HELD_OUT = 128, 64  # photographs to calibrate int8 on, and to verify it by
+Run = Callable[[np.ndarray], np.ndarray]
+FORMATS: dict[str, dict[str, Any] | None] = {
+    "torch fp32": None,
+    "torch compiled": None,
+    "torch bf16": None,
+    "onnx fp32": {"to": "onnx"},
+    "openvino fp32": {"to": "openvino"},
+    "openvino bf16": {"to": "openvino", "precision": "bf16"},
+    "onnx int8": {"to": "onnx", "int8": True},
+    "openvino int8": {"to": "openvino", "int8": True},
+}
+
+
+def of_torch(model: nn.Module, name: str) -> Run:
+    """The model in torch as it is, compiled, or with weights and images in bf16."""
+    if name == "torch bf16":
+        model = model.to(torch.bfloat16)
+    kind, runs = next(model.parameters()).dtype, torch.compile(model) if name == "torch compiled" else model
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return runs(torch.from_numpy(images).to(kind)).float().numpy()
+
+    return run
+
+
+def exported(model: nn.Module, how: dict[str, Any], calibration: torch.Tensor, batch: int, size: int, folder: Path) -> Run:
+    int8 = calibration if how.get("int8") else None
+    sv.export(model, folder, **{**how, "int8": int8}, batch_size=batch, image_size=size, floor=0.5)
+    return open_engine(folder, threads=torch.get_num_threads()).run
+
+
+def features(run: Run, batches: list[torch.Tensor]) -> np.ndarray:
+    return np.concatenate([run(batch.numpy()) for batch in batches])
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.65, 0.5, 0.35])
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 1])
+    parser.add_argument("--fit", type=int, default=800, help="solar cells to fit probes on, and to calibrate on")
+    parser.add_argument("--test", type=int, default=1800, help="solar cells to test on")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    size = chosen.image_size
+    file = chosen.json or RESULTS / ("deploy.json" if size == 224 else f"deploy_{size}.json")
+    paths, probabilities, _ = elpv.load_elpv()
+    fit, test = elpv.split(probabilities, chosen.fit, chosen.test, seed=0)
+    labels = elpv.is_defective(probabilities)
+    to_fit, to_test = (load_images([paths[i] for i in part], size, 16) for part in (fit, test))
+    calibration = torch.cat(to_fit)[: CALIBRATED + HELD_OUT]
+    dense = dinov2.dinov2_vit_small(size)
+    probe = fit_probe(extract(dense, to_fit), labels[fit], extract(dense, to_test), labels[test])
+    own, macs = probe.hits(probe.features), sv.macs(dense, size)
+    sheet = Sheet(file, image_size=size, n_fit=len(fit), n_test=len(test), threads=chosen.threads, rounds=chosen.rounds)
+
+    runs: dict[tuple[int, float, str], Run] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for share in chosen.shares:
+            model = share_weights(dense)
+            reducer = None if share == 1 else sv.preset("training-free", macs=share, model=model)
+            if reducer is not None:
+                sv.reduce_(model, reducer)
+            for kind in chosen.formats:
+                row: dict[str, Any] = {
+                    "share": share,
+                    "format": kind,
+                    "macs": sv.macs(model, size) / macs,
+                    "method": "training-free",
+                }
+                start = time.monotonic()
+                for batch in chosen.batch_sizes:
+                    folder, how = Path(name, f"{share}-{kind}-{batch}"), FORMATS[kind]
+                    other = sv.reduce_(dinov2.dinov2_vit_small(size), reducer) if reducer else dinov2.dinov2_vit_small(size)
+                    run = of_torch(other, kind) if how is None else exported(other, how, calibration, batch, size, folder)
+                    runs[batch, share, kind] = run
+                run = runs[chosen.batch_sizes[0], share, kind]
+                found = features(run, to_test)
+                refitted = fit_probe(features(run, to_fit), labels[fit], found, labels[test])
+                for key, hits in (("loss", probe.hits(found)), ("loss_refitted", refitted.hits(found))):
+                    difference = 100 * (own.astype(float) - hits)
+                    row |= {key: float(difference.mean()), f"{key}_se": standard_error(difference)}
+                row |= {"cosine": float(cosine(found, probe.features).mean()), "seconds": time.monotonic() - start}
+                sheet.add(
+                    row,
+                    f"{share:.0%} {kind}: cosine {row['cosine']:.4f}, loss {row['loss']:.1f}, refitted {row['loss_refitted']:.1f}",
+                )
+                sheet.save()
+        for batch in chosen.batch_sizes:
+            time_all(sheet, {key[1:]: run for key, run in runs.items() if key[0] == batch}, batch, size, chosen.rounds)
+    sheet.save()
+
+
+def time_all(sheet: Sheet, runs: dict[tuple[float, str], Run], batch: int, size: int, rounds: int) -> None:
+    """Alternating rounds of all models; seconds of the wall, and of the processor, which others on the machine do not change."""
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).numpy()
+    processor: dict[tuple[float, str], list[float]] = {key: [] for key in runs}
+
+    def timed(key: tuple[float, str]) -> None:
+        start = time.process_time()
+        runs[key](x)
+        processor[key].append(time.process_time() - start)
+
+    times = alternate({key: lambda key=key: timed(key) for key in runs}, rounds)  # type: ignore[misc]
+    base = next(iter(runs))
+    for row in sheet.rows:
+        key = (row["share"], row["format"])
+        row[f"batch_{batch}"] = {
+            "images_per_second": batch / times.median(key), "images_per_second_best": batch / times.best(key),
+            "speedup": 1 / times.ratio(key, base), "speedup_best": 1 / times.best_ratio(key, base),
+            "processor_ms": 1e3 * min(processor[key]) / batch, "processor_speedup": min(processor[base]) / min(processor[key]),
+        }  # fmt: skip
+        t = row[f"batch_{batch}"]
+        say(f"batch {batch} {key}: {t['images_per_second']:.1f} images/s, {t['speedup']:.2f}x ({t['speedup_best']:.2f}x)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The formats: writing a program in each, and running what was written as its user will."""
+
+import hashlib
+import importlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+
+from squeezevit.bundle import ENGINES
+from squeezevit.errors import ConfigError, MissingExtraError, UnsupportedError
+from squeezevit.export.graph import quietly, reason
+
+Run = Callable[[np.ndarray], list[np.ndarray]]  # images [B, 3, H, W] -> all outputs
+HINTS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
+_NEEDED = {  # packages, and the extra that brings them
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "export"),
+    "openvino": (("onnx", "onnxscript", "openvino"), "openvino"),
+    "nncf": (("nncf",), "openvino"),
+}
+
+
+def require(to: str, int8: bool) -> None:
+    """Raises MissingExtraError, naming the extra, where something that the format needs is not installed, UnsupportedError where no
+    compiler is there, and ConfigError for a format that is not known."""
+    if to not in ENGINES or to == "torch":
+        raise ConfigError(f"to={to!r} is no format; choose one of {', '.join(name for name in ENGINES if name != 'torch')}")
+    for what in (to, *(["nncf"] if int8 else [])):
+        packages, extra = _NEEDED.get(what, ((), ""))
+        for package in packages:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                asked = f"to={to!r}{' with int8' if int8 else ''}"
+                raise MissingExtraError(f'{asked} needs {package} ({error}): run `pip install "squeezevit[{extra}]"`') from error
+    if to == "aoti" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
+        raise UnsupportedError("to='aoti' compiles C++, and no compiler is found; install g++ or clang, or choose to='program'")
+
+
+def write(program: ExportedProgram, to: str, folder: Path, outputs: list[str]) -> None:
+    """Write the program as the file that `ENGINES` names; that of OpenVINO by way of ONNX, until `tidy`.
+
+    Raises UnsupportedError where the format cannot say it.
+    """
+    file = folder / ENGINES[to]
+    try:
+        with quietly(), torch.no_grad():
+            _WRITERS[to](program, file, outputs)
+    except (UnsupportedError, OSError):
+        raise
+    except Exception as error:  # each converter has its own
+        raise UnsupportedError(
+            f"the program cannot be written as {to} ({reason(error)}); try another format, or a reducer without what is named there"
+        ) from error
+
+
+def opened(to: str, folder: Path, hint: str = "fp32") -> Run:
+    """The written model, on as many threads as torch has."""
+    with quietly():
+        return _OPENERS[to](folder / ENGINES[to], hint)
+
+
+def identity(to: str, folder: Path) -> str:
+    """SHA-256 of the model's files, those beside it with its weights included."""
+    file, total = folder / ENGINES[to], hashlib.sha256()
+    for part in (file, file.with_suffix(".bin"), file.with_name(f"{file.name}.data")):
+        if part.is_file():
+            total.update(part.read_bytes())
+    return total.hexdigest()
+
+
+def _write_onnx(program: ExportedProgram, file: Path, outputs: list[str]) -> None:
+    converted = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=outputs, optimize=True)
+    assert converted is not None
+    converted.save(file)
+
+
+def _write_openvino(program: ExportedProgram, file: Path, outputs: list[str]) -> None:
+    import openvino
+
+    _write_onnx(program, file.with_name(ENGINES["onnx"]), outputs)
+    save_openvino(openvino.Core().read_model(file.with_name(ENGINES["onnx"])), file)
+
+
+def save_openvino(model: Any, file: Path) -> None:
+    """Write graph and weights, in place of those that the model may still be read from."""
+    import openvino
+
+    new = file.with_name(f"new.{file.name}")
+    openvino.save_model(model, new, compress_to_fp16=False)
+    for suffix in (".xml", ".bin"):
+        new.with_suffix(suffix).replace(file.with_suffix(suffix))
+
+
+def tidy(to: str, folder: Path) -> None:
+    """Take away the ONNX file that an OpenVINO model was made from."""
+    if to == "openvino":
+        for left in folder.glob(f"{ENGINES['onnx']}*"):
+            left.unlink()
+
+
+def _write_program(program: ExportedProgram, file: Path, outputs: list[str]) -> None:
+    torch.export.save(program, file)
+
+
+def _write_package(program: ExportedProgram, file: Path, outputs: list[str]) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(file))
+
+
+def _open_onnx(file: Path, hint: str) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})
+
+
+def _open_openvino(file: Path, hint: str) -> Run:
+    import openvino
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": HINTS[hint], "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"
+    }  # fmt: skip
+    request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        return [value.copy() for value in request.infer({0: images}, share_inputs=True).values()]
+
+    return run
+
+
+def _open_program(file: Path, hint: str) -> Run:
+    return _of_torch(torch.export.load(file).module())
+
+
+def _open_package(file: Path, hint: str) -> Run:
+    from torch._inductor import aoti_load_package
+
+    return _of_torch(aoti_load_package(str(file)))
+
+
+def _of_torch(module: Callable[..., Any]) -> Run:
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            return [value.numpy() for value in module(torch.from_numpy(images))]
+
+    return run
+
+
+_WRITERS: dict[str, Callable[[ExportedProgram, Path, list[str]], None]] = {
+    "onnx": _write_onnx, "openvino": _write_openvino, "program": _write_program, "aoti": _write_package
+}  # fmt: skip
+_OPENERS: dict[str, Callable[[Path, str], Run]] = {
+    "onnx": _open_onnx, "openvino": _open_openvino, "program": _open_program, "aoti": _open_package
+}  # fmt: skip

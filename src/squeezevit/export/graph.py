@@ -1,0 +1,155 @@
+"""From a model to a program: one function from images to numbers, captured by torch.export, with or without scattering."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from squeezevit.core import ops
+from squeezevit.core.cut import description_of
+from squeezevit.core.running import images, share_weights, without_hooks
+from squeezevit.core.trace import trace
+from squeezevit.errors import UnsupportedError
+
+_OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
+_MASK = "create_bidirectional_mask"
+_LOUD = ("onnx_ir", "onnxscript", "torch.onnx", "torch.export", "nncf", "root")  # what they log is for their own developers
+
+
+class Exportable(nn.Module):
+    """A model, or the part of it that takes images, as images [B, 3, H, W] -> its output; its weights are the model's own.
+
+    groups: beside that, after each stage, the token that each patch ended in, -1 where it was dropped: [B, N0] int64.
+    """
+
+    def __init__(self, model: nn.Module, groups: bool = False) -> None:
+        super().__init__()
+        self.model = share_weights(model).eval()
+        self.about, self.groups = description_of(self.model), groups
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if not self.groups:
+            return (self._run(images),)
+        with trace(self.model) as t:
+            out = self._run(images)
+        return out, *(t.groups_after(j) for j in range(len(t.stages)))
+
+    def _run(self, images: Tensor) -> Tensor:
+        runs: Any = self.about.tower or self.model
+        out = runs(*self.about.given(images), **self.about.named(images))
+        for name in _OUTPUTS:
+            if isinstance(value := getattr(out, name, None), Tensor):
+                return value
+        return out if isinstance(out, Tensor) else out[0]
+
+
+def capture(module: Exportable, batch: int | None, size: tuple[int, int], scatter: bool = True) -> ExportedProgram:
+    """A program for so many images (None: any number) of one size; scatter=False: without a node that scatters.
+
+    Raises UnsupportedError where torch.export cannot capture the model, or where something in it scatters all the same.
+    """
+    x = images(module.model, batch or 2, size)
+    shapes = None if batch else ({0: Dim("batch", min=1, max=4096)},)
+    try:
+        with quietly(), torch.no_grad(), without_hooks(module.model), _form(scatter), _unmasked(module.model):
+            program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
+            program = _replaced(program, {} if scatter else _PRODUCTS)
+    except Exception as error:  # whatever the capture stumbles over
+        raise UnsupportedError(
+            f"torch.export cannot capture this {type(module.model).__name__} at {size[0]} x {size[1]} pixels ({reason(error)}); "
+            "export the unreduced model to see whether its library or the reducer is the cause, and try a fixed batch_size"
+        ) from error
+    if not scatter and (left := scatters(program)):
+        raise UnsupportedError(f"scatter=False cannot replace {', '.join(left)} in this model; export it with scatter=True")
+    return program
+
+
+def scatters(program: ExportedProgram) -> list[str]:
+    """What in a program scatters, by the names of torch's operators."""
+    names = {str(n.target) for graph in _graphs(program) for n in graph.nodes if n.op == "call_function"}
+    return sorted(n for n in names if any(part in n for part in ("scatter", "index_put", "index_add")))
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what a converter stumbled over, at the bottom of all that it wrapped around that."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No warning, no progress bar and no log of the libraries that convert: what goes wrong there, they raise."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _form(scatter: bool) -> Iterator[None]:
+    ops.set_scatter(scatter)
+    try:
+        yield
+    finally:
+        ops.set_scatter(True)
+
+
+@contextmanager
+def _unmasked(model: nn.Module) -> Iterator[None]:
+    """While they are exported Hugging Face's towers make a mask of nothing but True, as long as the full grid; none is the same."""
+    classes = {c for m in model.modules() for c in type(m).__mro__ if c.__module__.startswith("transformers.")}
+    places: list[Any] = [m for c in classes if hasattr(m := sys.modules[c.__module__], _MASK)]
+    before = {place: getattr(place, _MASK) for place in places}
+    try:
+        for place in before:
+            setattr(place, _MASK, lambda *args, **kwargs: None)
+        yield
+    finally:
+        for place, function in before.items():
+            setattr(place, _MASK, function)
+
+
+def _graphs(program: ExportedProgram) -> list[Any]:
+    return [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+
+
+def _replaced(program: ExportedProgram, table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
+    found = {n.target for graph in _graphs(program) for n in graph.nodes}
+    return program.run_decompositions(dict(table)) if found & {*table} else program
+
+
+def _scatter_add(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
+    hot = _one_hot(x, dim, index)
+    return x + torch.where(hot, rows.movedim(dim, -1)[..., None], 0).sum(-2).movedim(-1, dim).to(x.dtype)
+
+
+def _scatter(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
+    hot = _one_hot(x, dim, index)
+    new = torch.where(hot, rows.movedim(dim, -1)[..., None], 0).sum(-2).movedim(-1, dim).to(x.dtype)
+    return torch.where(hot.sum(-2).movedim(-1, dim) > 0, new, x)
+
+
+def _one_hot(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Which place along `dim` each entry goes to: [..., R, K] bool."""
+    return index.movedim(dim, -1)[..., None] == torch.arange(x.shape[dim], device=x.device)
+
+
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.scatter_add.default: _scatter_add,
+    torch.ops.aten.scatter.src: _scatter,
+}

@@ -1,0 +1,282 @@
+"""Exports are what they were made of: the same numbers in every runtime, verified before anything is written, and free of torch."""
+
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import squeezevit as sv
+import zoo
+from squeezevit.bundle import read_card
+from squeezevit.cli.export import export as command
+from squeezevit.core.reducer import Reducer, Staged
+from squeezevit.data.folder import read_image
+from squeezevit.data.pixels import Preprocessing
+from squeezevit.errors import ConfigError, MissingExtraError, UnsupportedError
+from squeezevit.export import engines, graph, quantised, verified
+from squeezevit.reducers.catalog import method, methods
+
+for package in ("onnxruntime", "onnxscript", "openvino", "nncf"):
+    pytest.importorskip(package)
+
+METHODS = [name for name, row in methods().items() if row.make.__module__.startswith("squeezevit.")]
+SIZE, OPTIONS = 32, {"patch_size": 8, "embed_dim": 48, "num_heads": 3}
+RUNNING = """import runpy, sys
+sys.modules.update(torch=None, squeezevit=None)  # what cannot be imported
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def tiny(reducer: Reducer | None, depth: int = 1) -> nn.Module:
+    """Patches are averaged, so that already in one block it shows what was done to them."""
+    sizes = {"img_size": SIZE, "depth": depth, "num_classes": 5, **OPTIONS}
+    model = timm.create_model("vit_tiny_patch16_224", global_pool="avg", **sizes)
+    zoo.randomize(model.eval(), 0)
+    return model if reducer is None else zoo.reduce(model, reducer)
+
+
+def of(name: str) -> nn.Module:
+    """One block, or two where the second must know what the first did."""
+    reducer = method(name).template()
+    if isinstance(reducer, Staged):
+        reducer = replace(reducer, keep=0.6, at=(0,))
+    elif reducer.weighs:
+        reducer = replace(reducer, r=(5, 0))
+    return tiny(reducer, depth=2 if reducer.weighs else 1)
+
+
+def written(model: nn.Module, folder: Path, **settings):
+    """An export, without the options that all models here share."""
+    return sv.export(model, folder, options={**OPTIONS, "depth": len(model.blocks)}, **settings)
+
+
+def photographs(count: int) -> torch.Tensor:
+    return zoo.images(count, SIZE)
+
+
+@pytest.fixture(autouse=True)
+def _untimed(request, monkeypatch):
+    """Times are taken once, and tell nothing here."""
+    monkeypatch.setattr(verified, "ROUNDS", 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_in_every_runtime_at_any_batch_size(name, tmp_path: Path):
+    module = graph.Exportable(of(name))
+    program = graph.capture(module, None, (SIZE, SIZE))
+    engines.write(program, "openvino", tmp_path, ["out"])  # by way of ONNX, which stays until tidied
+    engines.write(program, "program", tmp_path, ["out"])
+    for to in ("onnx", "openvino", "program"):
+        figures = verified.agree(module, engines.opened(to, tmp_path), photographs(5), None)
+        assert figures == {"error": pytest.approx(0, abs=1e-5), "images": 8, "ties": 0}
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory) -> Path:
+    """A bundle of OpenVINO in int8, for four images at once, with classes."""
+    folder, patch = tmp_path_factory.mktemp("int8") / "model", pytest.MonkeyPatch()
+    patch.setattr(verified, "ROUNDS", 1)
+    written(of("etps"), folder, int8=photographs(16), batch_size=4, floor=0.5, classes=["cat", "dog", "owl", "fox", "bee"])
+    patch.undo()
+    return folder
+
+
+def test_int8_of_a_static_batch(int8: Path):
+    """Constant weights, as eTPS has them, become one number there, to which nothing could be added."""
+    card = read_card(int8)
+    assert card.exported["batch"] == 4 and card.exported["precision"] == "int8" and card.measured["images"] == 8
+    assert card.measured["cosine"] > 0.9 and card.measured["compared"]["error"] < 1e-5
+    assert "FakeQuantize" in (int8 / "model.xml").read_text()
+    speed = card.measured["speed"]
+    assert speed["speedup"] > 0 and {*speed["seconds"]} == {"torch_unreduced", "torch", "exported"}
+    assert sorted(f.name for f in int8.iterdir()) == sorted(
+        ["README.md", "SHA256SUMS", "classes.txt", "model.bin", "model.xml", "run.py", "squeezevit.json"]
+    )
+    assert f"{card.measured['cosine']:.4f}" in (int8 / "README.md").read_text()
+
+
+def photograph(file: Path, size: tuple[int, int] = (70, 41), turn: int | None = None, seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    exif = Image.Exif()
+    if turn is not None:
+        exif[0x0112] = turn
+    Image.fromarray(pixels).save(file, exif=exif)
+    return file
+
+
+def test_run_needs_neither_torch_nor_squeezevit(int8: Path, tmp_path: Path):
+    files = [photograph(tmp_path / f"{i}.png", turn=6, seed=i) for i in range(5)]  # a whole batch, and one left over
+    command = [sys.executable, "-I", "-c", RUNNING, str(int8 / "run.py"), *map(str, files)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    how = read_card(int8).preprocessing
+    x = np.stack([how(read_image(str(file))) for file in files])
+    out = np.concatenate([engines.opened("openvino", int8)(verified.padded(part, 4))[0] for part in (x[:4], x[4:])])
+    names = (int8 / "classes.txt").read_text().split()
+    assert [line.split()[:2] for line in lines] == [
+        [str(f), names[row.argmax()]] for f, row in zip(files, out[: len(files)], strict=True)
+    ]
+    assert len((int8 / "run.py").read_text().splitlines()) < 40
+
+
+@pytest.mark.parametrize("resize", [40, (44, 36)])
+def test_run_prepares_photographs_to_the_last_bit(resize, int8: Path, tmp_path: Path):
+    script = runpy.run_path(str(int8 / "run.py"))
+    how = Preprocessing(resize, (32, 32), "bilinear")
+    script["HOW"].update(json.loads(json.dumps(how.to_dict())))
+    for name in ("a.png", "b.jpg"):
+        for turn in (None, *range(1, 9)):
+            for size in ((70, 41), (41, 70)):
+                file = photograph(tmp_path / name, size, turn)
+                np.testing.assert_array_equal(script["pixels"](file), how(read_image(str(file))))
+    Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(script["pixels"](tmp_path / "deep.png"), how(read_image(str(tmp_path / "deep.png"))))
+
+
+def test_no_scatter_and_groups_at_any_batch_size(tmp_path: Path):
+    model = of("training-free")
+    card = written(model, tmp_path / "out", to="onnx", batch_size=None, scatter=False, groups=True)
+    nodes = onnx.load(tmp_path / "out/model.onnx").graph.node
+    assert not [n.op_type for n in nodes if "Scatter" in n.op_type]
+    assert card.exported["outputs"] == ["out", "groups_1"] and card.exported["batch"] is None
+    x = photographs(3)
+    with torch.no_grad(), sv.trace(model) as t:
+        right = model(x)
+    found, groups = engines.opened("onnx", tmp_path / "out")(x.numpy())
+    torch.testing.assert_close(torch.from_numpy(found), right, rtol=1e-5, atol=1e-5)
+    assert groups.dtype == np.int64
+    np.testing.assert_array_equal(groups, t.groups.numpy())
+
+
+@pytest.mark.parametrize("name", ["etps", "tome", "training-free"])
+def test_the_form_without_scattering_is_the_same_to_rounding(name):
+    module = graph.Exportable(of(name), groups=True)
+    with_, without = (graph.capture(module, 3, (SIZE, SIZE), scatter) for scatter in (True, False))
+    assert graph.scatters(with_) and not graph.scatters(without)
+    for a, b in zip(with_.module()(photographs(3)), without.module()(photographs(3)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["hf-vit", "torchvision", "open_clip"])
+def test_other_libraries_where_blocks_follow_that_have_no_stage(kind):
+    module = graph.Exportable(zoo.reduce(zoo.build(kind, depth=2), sv.ETPS(keep=0.5, at=(0,))), groups=True)
+    program = graph.capture(module, None, (zoo.SIZE, zoo.SIZE)).module()
+    with torch.no_grad():
+        for a, b in zip(program(zoo.images(3)), module(zoo.images(3)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_and_a_package_of_a_static_batch(tmp_path: Path):
+    for to in ("program", "aoti"):
+        card = written(of("topk"), tmp_path / to, to=to, batch_size=2)
+        assert card.measured["compared"]["error"] < 1e-5 and read_card(tmp_path / to).engine == to
+
+
+def test_int8_of_onnxruntime_and_bf16_of_openvino(tmp_path: Path):
+    card = written(tiny(None), tmp_path / "int8", to="onnx", int8=list(photographs(8)), batch_size=2)
+    assert card.measured["cosine"] > 0.9 and card.exported["precision"] == "int8"
+    card = written(tiny(None), tmp_path / "bf16", precision="bf16", batch_size=2)
+    assert card.measured["cosine"] > 0.98 and card.exported["precision"] == card.exported["hint"] == "bf16"
+
+
+def test_what_scores_matches_and_fuses_stays_in_float(tmp_path: Path):
+    module = graph.Exportable(of("dtps"))
+    engines.write(graph.capture(module, 2, (SIZE, SIZE)), "onnx", tmp_path, ["out"])
+    names = quantised.float_nodes(tmp_path / "model.onnx")
+    products = [n.name for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type in ("Conv", "MatMul", "Gemm")]
+    own = 1 + 4 + 2 + 1  # patches, the block's linear layers, its attention, the classifier
+    assert len({*products} - {*names}) == own and len(names) >= 4
+
+
+def test_numbers_that_a_runtime_gets_wrong_are_caught(tmp_path: Path, monkeypatch):
+    """OpenVINO computes the noise of Random otherwise, unless it was made a constant before."""
+    plain = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: plain(*args, **{**kwargs, "optimize": False}))
+    with pytest.raises(UnsupportedError, match=r"other numbers than torch: \d\.\d+ of the largest output"):
+        written(of("random"), tmp_path / "out", batch_size=2)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_below_the_floor_nothing_is_left(tmp_path: Path):
+    with pytest.raises(UnsupportedError, match=r"mean cosine to torch is 0\.\d+ .*floor=1; calibrate on more"):
+        written(of("topk"), tmp_path / "out", int8=photographs(4), batch_size=2, floor=1)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"to": "tflite"}, "to='tflite' is no format; choose one of onnx, openvino, program, aoti"),
+        ({"to": "torch"}, "to='torch' is no format"),
+        ({"int8": []}, "int8 has 0 calibration images"),
+        ({"int8": photographs(3)}, "int8 has 3 calibration images"),
+        ({"int8": zoo.images(8, 48)}, r"calibration image 0 is \[3, 48, 48\], the model takes \[3, 32, 32\]"),
+        ({"int8": ["photo.jpg"] * 4}, "calibration image 0 is str"),
+        ({"int8": photographs(8), "to": "program"}, "int8 is there for onnx and openvino"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"precision": "fp16"}, "precision='fp16'"),
+        ({"precision": "bf16", "to": "onnx"}, "precision='bf16' is OpenVINO's"),
+        ({"floor": 2}, "floor=2 is no cosine"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(settings, message, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        written(of("topk"), tmp_path / "out", **settings)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_models_and_folders_that_cannot_be_used(tmp_path: Path):
+    with pytest.raises(ConfigError, match="this model is not reduced; leave groups out"):
+        written(tiny(None), tmp_path / "out", groups=True)
+    with pytest.raises(ConfigError, match=r"bfloat16 on cpu; export it from float32"):
+        written(tiny(None).bfloat16(), tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        written(tiny(None), tmp_path / "file/out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="is there and is no bundle"):
+        written(tiny(None), tmp_path / "full")
+    assert {f.name for f in tmp_path.iterdir()} == {"file", "full"}
+
+
+@pytest.mark.parametrize(("to", "package", "extra"), [("onnx", "onnxruntime", "export"), ("openvino", "nncf", "openvino")])
+def test_a_runtime_that_is_missing_is_named(to, package, extra, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf'{package}.*pip install "squeezevit\[{extra}\]"'):
+        written(of("topk"), tmp_path / "out", to=to, int8=photographs(4))
+
+
+def test_a_compiler_that_is_missing_is_named(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UnsupportedError, match="no compiler is found; install"):
+        written(of("topk"), tmp_path / "out", to="aoti")
+
+
+def test_the_command_exports_a_bundle(tmp_path: Path, capsys):
+    model = tiny(sv.EViT(keep=0.6, at=(0,)))
+    how = {"resize": SIZE, "crop": (SIZE, SIZE)}
+    sv.save(model, tmp_path / "torch", options={**OPTIONS, "depth": 1}, classes=[*"abcde"], preprocessing=how)
+    (tmp_path / "photographs").mkdir()
+    for i in range(4):
+        photograph(tmp_path / f"photographs/{i}.png", seed=i)
+    bundle, out, file = tmp_path / "torch", tmp_path / "out", tmp_path / "out.json"
+    with pytest.raises(ConfigError, match="--int8 is calibrated on photographs: give --calibrate"):
+        command(out, source=bundle, int8=True)
+    with pytest.raises(ConfigError, match="is for --int8"):
+        command(out, source=bundle, calibrate=tmp_path / "photographs")
+    given = {"int8": True, "calibrate": tmp_path / "photographs", "to": "onnx", "batch_size": 2, "floor": 0.0}
+    command(out, source=bundle, json_file=file, **given)
+    assert "times as fast as torch fp32 unreduced" in capsys.readouterr().out
+    card = read_card(out)
+    assert card.classes == tuple("abcde") and card.exported["precision"] == "int8"
+    assert json.loads(file.read_text())["exported"] == card.exported
