@@ -316,6 +316,38 @@ def test_an_unreduced_bundle_takes_a_reducer_by_budget(tmp_path, photographs, ca
     assert code == 2 and "--keep and a budget both say how much is kept" in said
 
 
+def test_models_of_other_libraries_by_name(tmp_path, photographs, open_clip_name, capsys):
+    """A folder stands for a hub; photographs are made ready as its processor says, not as timm would."""
+    hugging().save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    model = ["--model", f"hf:{tmp_path / 'vit'}", "--pretrained"]
+    code, said = asked(capsys, "eval", *model, "--data", photographs, "--workers", 0, "--json", tmp_path / "e.json")
+    assert code == 0, said
+    how, right = Preprocessing((32, 32), (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3), 0
+    for label, name in enumerate("abcde"):
+        for i in range(2):
+            x = torch.from_numpy(how(Image.open(photographs / f"val/{name}/{i}.png").convert("RGB")))
+            right += int(hugging()(x[None]).logits.argmax()) == label
+    dense = json.loads((tmp_path / "e.json").read_text())["rows"][0]
+    assert dense["top1"] == right / 10 and dense["images"] == 10
+    for line in (
+        ["bench", "--model", f"open_clip:{open_clip_name}", "--methods", "identity,etps", "--rounds", 1, "--batch-size", 1],
+        ["plan", "--model", "torchvision:vit_b_32", "--macs", 0.7],
+    ):
+        code, said = asked(capsys, *line)
+        assert code == 0, said
+    for name, message in {
+        "hf:/no/such": "--model hf:/no/such cannot be built",
+        "torchvision:vit_q_1": "--model torchvision:vit_q_1 cannot be built",
+        "open_clip:nothing": "--model open_clip:nothing cannot be built",
+        "google/vit-base": "a model of transformers is --model hf:google/vit-base",
+    }.items():
+        code, said = asked(capsys, "plan", "--model", name, "--macs", 0.7)
+        assert code == 2 and message in said
+    code, said = asked(capsys, "plan", *model[:2], "--macs", 0.7, "--image-size", 64)
+    assert code == 2 and "takes its size and classes from its config; leave --image-size out" in said
+
+
 def test_a_card_s_fields_are_all_written(tmp_path):
     written = json.loads((saved(tmp_path) / CARD).read_text())
     assert {*written} == {*Card.__dataclass_fields__}

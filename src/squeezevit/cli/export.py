@@ -66,7 +66,8 @@ def export(
     if ready.reducer.learned and not ready.trained:
         screen.note(f"the score heads of {ready.method} are untrained (no weights brought any): they rank tokens at random")
     written = export_model(
-        ready.net, out, card=ready.card, image_size=image_size, classes=classes, to=to, calibrate=calibrate, images=images,
+        ready.net, out, card=ready.card, options=ready.options, preprocessing=ready.preprocessing, image_size=image_size,
+        classes=classes, to=to, calibrate=calibrate, images=images,
         batch_size=batch_size or None, scatter=not no_scatter, groups=with_groups, floor=floor, precision=precision,
     )  # fmt: skip
     inputs.write_json(
@@ -79,6 +80,8 @@ def export_model(
     out: Path,
     *,
     card: "Card | None" = None,
+    options: dict[str, Any] | None = None,
+    preprocessing: Any = None,
     image_size: int | None = None,
     classes: Path | None = None,
     calibrate: Path | None = None,
@@ -88,20 +91,20 @@ def export_model(
 ) -> "Card":
     """Export a model that is ready, and say what came of it; returns the card that was written.
 
-    card: that of the bundle it comes from, None to ask the model. calibrate: the folder for int8, None for float. settings: as
-    fields of `squeezevit.export.job.Wanted`.
+    card: that of the bundle it comes from, None to ask the model; options and preprocessing: what the model cannot tell. calibrate:
+    the folder for int8, None for float. settings: as fields of `squeezevit.export.job.Wanted`.
     """
     from squeezevit.bundle import card_of
+    from squeezevit.data.folder import given_classes
     from squeezevit.export import engines
     from squeezevit.export.job import Wanted, export_as
 
     engines.require(settings.get("to", "openvino"), calibrate is not None)
     if card is not None and classes is not None and card.classes is not None:
         raise ConfigError(f"--classes {classes}: the bundle brings its classes; leave --classes out")
-    names = None if classes is None else classes.read_text(encoding="utf-8").splitlines()
+    names = None if classes is None else given_classes(classes)
     if card is None or names is not None:
-        how = None if card is None else card.preprocessing
-        card = card_of(net, image_size=image_size, classes=names, preprocessing=how)
+        card = card_of(net, options=options, image_size=image_size, classes=names, preprocessing=preprocessing)
     with screen.steps() as report:
         int8 = None if calibrate is None else _calibration(calibrate, images, card.preprocessing, report)
         written = export_as(net, out, card, Wanted(int8=int8, batch=batch_size, **settings), report)

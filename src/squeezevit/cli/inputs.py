@@ -14,6 +14,7 @@ from squeezevit.errors import ConfigError, DataError, SqueezeViTError
 if TYPE_CHECKING:
     from squeezevit.bundle import Card
     from squeezevit.core.reducer import Reducer
+    from squeezevit.data.libraries import Found
     from squeezevit.data.pixels import Preprocessing
     from squeezevit.reducers.catalog import Method
 
@@ -48,6 +49,12 @@ def import_methods(module: str) -> None:
 
 
 def create(name: str, pretrained: bool, num_classes: int | None, image_size: int | None) -> Any:
+    return found(name, pretrained, num_classes, image_size).model
+
+
+def found(name: str, pretrained: bool, num_classes: int | None, image_size: int | None) -> "Found":
+    """A model by name, of timm, of another library by its prefix, or the demo's, and how photographs are made ready for it."""
+    from squeezevit.data import libraries
     from squeezevit.data.models import create_model
 
     if name == DEMO:
@@ -55,9 +62,11 @@ def create(name: str, pretrained: bool, num_classes: int | None, image_size: int
 
         if num_classes is not None:
             raise ConfigError(f"--num-classes {num_classes}: {DEMO} has no classifier; leave it out")
-        return dinov2_vit_small(224 if image_size is None else image_size)
+        return libraries.Found(dinov2_vit_small(224 if image_size is None else image_size), None)
     chosen = {key: value for key, value in (("num_classes", num_classes), ("img_size", image_size)) if value is not None}
-    return create_model(name, pretrained, chosen).eval()
+    if libraries.prefix_of(name) is not None:
+        return libraries.create(name, pretrained, chosen)
+    return libraries.Found(create_model(name, pretrained, chosen).eval(), None)
 
 
 def to_measure(wanted: "Wanted", device: str, threads: int | None, batch_size: int) -> tuple[Any, list[Any]]:
@@ -123,6 +132,8 @@ class Ready:
     method: str  # the reducer's name in tables
     trained: bool  # whether weights brought learned heads
     card: "Card | None" = None
+    preprocessing: "Preprocessing | None" = None  # where the model cannot tell it
+    options: dict[str, Any] | None = None  # what built it, where the model cannot tell that
 
 
 def ready(wanted: Wanted) -> Ready:
@@ -152,7 +163,7 @@ def _from_bundle(wanted: Wanted, source: Path) -> Ready:
     if own is None:
         reduce_(net, reducer)
     method = type(reducer).__name__ if own is not None else wanted.method or wanted.usual[0]
-    return Ready(net.eval(), reducer, str(source), method, reducer.learned and own is not None, card)
+    return Ready(net.eval(), reducer, str(source), method, reducer.learned and own is not None, card, card.preprocessing)
 
 
 def opened(source: Path, wanted: Wanted) -> "tuple[Any, Card]":
@@ -188,15 +199,17 @@ def batches(
     """The batches of a folder, as the model, or its bundle, wants them."""
     from squeezevit.data import folder
 
-    card = ready.card
-    if card is None:
+    card, how = ready.card, ready.preprocessing
+    if how is None:
         return folder.load(
             data, ready.net, image_size=image_size, batch_size=batch_size, num_workers=workers, classes=classes, upright=upright
         )
-    if card.classes is not None and classes is not None:
+    own = None if card is None else card.classes
+    if own is not None and classes is not None:
         raise ConfigError(f"--classes {classes}: the bundle brings its classes; leave --classes out")
-    how = card.preprocessing
-    names = classes if card.classes is None else card.classes
+    if card is None and image_size is not None and (image_size, image_size) != how.crop:
+        raise ConfigError(f"--image-size {image_size}: {ready.name} is for {how.crop[0]} x {how.crop[1]} pixels; leave it out")
+    names = own or classes
     images = folder.ImageFolder(data, partial(_tensor, how), "val", names, upright and how.upright)
     images.check_classes(ready.net)
     images.warn()
@@ -210,7 +223,9 @@ def _tensor(how: "Preprocessing", image: Any) -> Any:
 
 
 def _from_names(wanted: Wanted) -> Ready:
+    from squeezevit.bundle.hosts import preprocessing
     from squeezevit.checkpoint import has_heads, read_checkpoint, reduce_with_weights_
+    from squeezevit.data.libraries import prefix_of
 
     name, checkpoint = wanted.model, wanted.checkpoint
     if wanted.pretrained and checkpoint is not None:
@@ -221,11 +236,16 @@ def _from_names(wanted: Wanted) -> Ready:
     if name not in (None, DEMO) and not wanted.pretrained and checkpoint is None:
         screen.note(f"neither --pretrained nor --checkpoint: the weights of {name} are random, and so will the answers be")
     weights = None if checkpoint is None else read_checkpoint(checkpoint)
-    net = create(name or DEMO, wanted.pretrained, wanted.num_classes, wanted.image_size)
+    net, preparing = found(name or DEMO, wanted.pretrained, wanted.num_classes, wanted.image_size)
+    how, built = None, None
+    if (library := prefix_of(name or DEMO)) is not None:
+        how = preprocessing(net, preparing, None)
+        built = {"name": (name or "").split(":")[1].split("/")[0]} if library == "open_clip" else None
     reducer = _reducer(net, wanted, wanted.image_size)
     reduce_with_weights_(net, reducer, weights, str(checkpoint))
     method = wanted.method or wanted.usual[0]
-    return Ready(net.eval(), reducer, name or DEMO, method, weights is not None and has_heads(weights))
+    trained = weights is not None and has_heads(weights)
+    return Ready(net.eval(), reducer, name or DEMO, method, trained, preprocessing=how, options=built)
 
 
 def _reducer(net: Any, wanted: Wanted, image_size: Any) -> "Reducer":

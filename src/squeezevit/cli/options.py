@@ -168,7 +168,8 @@ ImageSize = Annotated[int | None, _of_field("image_size", min=1, max=8192)]
 Precision = Annotated[str, _of_field("precision", metavar="fp32|bf16|fp16")]
 MethodList = Annotated[str, typer.Option(metavar="NAME,...", help=f"Methods, separated by commas. One or more of {METHODS}.")]
 KeepList = Annotated[str, typer.Option(metavar="NUMBER,...", help="Keep ratios, separated by commas; each is used at every stage.")]
-NamedModel = Annotated[str | None, _of_field("model", "--model", show_default="deit_small_patch16_224")]
+_LIBRARIES = "Model: a name of timm's, hf:NAME, torchvision:NAME, open_clip:NAME/WEIGHTS, or dinov2-demo, which needs no hub."
+NamedModel = Annotated[str | None, _of_field("model", "--model", help=_LIBRARIES, show_default="deit_small_patch16_224")]
 OptionalModel = Annotated[str | None, _of_field("model", "--model", show_default="DINOv2 ViT-S/14 of the demo")]
 NumClasses = Annotated[
     int | None, typer.Option(help="Outputs of the classifier.", min=1, max=1_000_000, show_default="the model's own")

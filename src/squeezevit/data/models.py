@@ -71,8 +71,8 @@ def _require_known(timm: Any, name: str, pretrained: bool, given_as: str) -> Non
     if not timm.is_model(architecture):
         near = ", ".join(near_names(name, timm.list_models())) or "none"
         elsewhere = (
-            f". {given_as} takes names of timm's models, no paths and no names of another hub; a model of another library is "
-            "reduced in Python, by sv.reduce_"
+            f". {given_as} takes names of timm's models, no paths and no names of another hub; "
+            f"{f'a model of transformers is {given_as} hf:{shown}' if given_as == '--model' else 'train one of timm'}"
         )
         raise ConfigError(
             f"{given_as}={shown!r} is no model of timm {timm.__version__}; near it: {near}{elsewhere if '/' in name else ''}"

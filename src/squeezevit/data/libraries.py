@@ -1,0 +1,95 @@
+"""Models of other libraries than timm by name, as `hf:NAME`, `torchvision:NAME` and `open_clip:NAME/PRETRAINED`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from squeezevit.errors import ConfigError, MissingExtraError
+
+
+class Found(NamedTuple):
+    """A model, and what its library says of how photographs are made ready for it; None: the model tells."""
+
+    model: nn.Module
+    preparing: Any
+
+
+def prefix_of(name: str) -> str | None:
+    """The library that a name begins with, as in "hf:facebook/dinov2-small"; None for a name of timm's."""
+    library, colon, _ = name.partition(":")
+    return library if colon and library in _BUILDERS else None
+
+
+def create(name: str, pretrained: bool, options: Mapping[str, Any]) -> Found:
+    """A model by its library and name, in evaluation mode. options: num_classes, img_size, where the library takes them.
+
+    Raises ConfigError where the library does not have it, cannot fetch it, or takes no such option; MissingExtraError without it.
+
+    >>> create("torchvision:vit_b_16", False, {}).preparing.crop_size  # doctest: +SKIP
+    [224]
+    """
+    library, _, own = name.partition(":")
+    try:
+        found = _BUILDERS[library](own, pretrained, dict(options))
+    except ConfigError:
+        raise
+    except ImportError as error:
+        extra = {"hf": "transformers"}.get(library, library)
+        raise MissingExtraError(f'--model {name} is built by {extra}: run `pip install "{_PACKAGES[library]}"`') from error
+    except Exception as error:  # whatever a library or its hub stumbles over
+        first = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise ConfigError(f"--model {name} cannot be built ({first}); check the name, the options, and the network") from error
+    found.model.eval()
+    return found
+
+
+def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> Found:
+    """With weights by the hub or from a folder; without, as its config says."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+    if options:
+        raise ConfigError(f"--model hf:{name} takes its size and classes from its config; leave {_options(options)} out")
+    processor = AutoImageProcessor.from_pretrained(name)
+    if pretrained:
+        return Found(AutoModelForImageClassification.from_pretrained(name), processor)
+    return Found(AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name)), processor)
+
+
+def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> Found:
+    from torchvision.models import get_model, get_model_weights
+
+    if "img_size" in options:
+        options["image_size"] = options.pop("img_size")
+    weights: Any = get_model_weights(name)["DEFAULT"]
+    model = get_model(name, weights=weights if pretrained else None, **options)
+    own = weights.transforms()
+    size = options.get("image_size")
+    return Found(model, own if size is None else {**_told(own), "resize": size, "crop": (size, size)})
+
+
+def _told(transforms: Any) -> dict[str, Any]:
+    """torchvision's preset but for its sizes."""
+    return {"interpolation": transforms.interpolation.value, "mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+
+
+def _open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> Found:
+    import open_clip
+
+    if options:
+        raise ConfigError(f"--model open_clip:{name} takes its size from its config; leave {_options(options)} out")
+    architecture, slash, weights = name.partition("/")
+    if pretrained and not slash:
+        raise ConfigError(f"--model open_clip:{name}: name the weights, too, as open_clip:ViT-B-32/laion2b_s34b_b79k")
+    return Found(open_clip.create_model(architecture, pretrained=weights if pretrained else None), None)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    names = {"num_classes": "--num-classes", "img_size": "--image-size"}
+    return ", ".join(names.get(name, name) for name in options)
+
+
+_BUILDERS: dict[str, Callable[[str, bool, dict[str, Any]], Found]] = {
+    "hf": _hugging_face, "torchvision": _torchvision, "open_clip": _open_clip
+}  # fmt: skip
+_PACKAGES = {"hf": "squeezevit[transformers]", "torchvision": "torchvision", "open_clip": "squeezevit[open_clip]"}
