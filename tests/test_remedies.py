@@ -60,7 +60,7 @@ def test_every_name_of_the_library_is_there():
             continue
         if names[0] in ROOMS and len(names) > 1:  # a module, where a function has its name
             holder = import_module(f"squeezevit.{names.pop(0)}")
-        for i, name in enumerate(names):
+        for name in names:
             if not hasattr(holder, name):
                 try:
                     import_module(".".join([holder.__name__, name]))
