@@ -13,6 +13,7 @@ demo-quick: $(INSTALLED)
 
 test: lint types
 	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -m alone tests/test_export.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
