@@ -1,6 +1,8 @@
 # `make demo` and `make test` do everything on a fresh clone: environment, installation, run.
 PYTHON ?= python3
 BIN := .venv/bin
+# tests that load other runtimes and compile C++: in a process of their own, after the others
+RUNTIMES := tests/test_export.py tests/test_predict.py
 INSTALLED := .venv/.installed
 
 .PHONY: demo demo-quick test lint types bench bench-gpu upgrade clean
@@ -12,8 +14,8 @@ demo-quick: $(INSTALLED)
 	$(BIN)/squeezevit demo --quick --out demo-out
 
 test: lint types
-	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -m alone tests/test_export.py
+	$(BIN)/python -m pytest -n 2 $(RUNTIMES:%=--ignore=%)
+	$(BIN)/python -m pytest $(RUNTIMES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -180,7 +180,6 @@ def test_a_program_of_a_static_batch(tmp_path: Path):
     assert card.measured["compared"]["error"] < 1e-5 and read_card(tmp_path / "b").engine == "program"
 
 
-@pytest.mark.alone
 def test_a_package_of_a_static_batch(tmp_path: Path):
     card = written(of("topk"), tmp_path / "b", to="aoti", batch_size=2)
     assert card.measured["compared"]["error"] < 1e-5 and read_card(tmp_path / "b").engine == "aoti"
