@@ -21,6 +21,7 @@ import zoo
 from squeezevit.bundle import CARD, Card, read_card
 from squeezevit.data.folder import eval_transform
 from squeezevit.data.pixels import Preprocessing
+from squeezevit.embed import open_engine
 from squeezevit.errors import CheckpointError, ConfigError, SqueezeViTError, UnsupportedError
 
 SIZES = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
@@ -209,6 +210,33 @@ def test_another_folder_is_not_overwritten_and_an_old_bundle_is(tmp_path):
     sv.save(timm_model(), bundle, options=SIZES)
     assert read_card(bundle).reducer is None
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_an_old_bundle_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    bundle, x, rename = saved(tmp_path), zoo.images(1, size=32), Path.rename
+
+    def fails(self, target):
+        if Path(target) == bundle and not self.name.endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(ConfigError, match="could not be written"):
+        sv.save(timm_model(), bundle, options=SIZES)
+    assert [file.name for file in tmp_path.iterdir()] == ["b"]
+    with torch.no_grad():
+        assert torch.equal(sv.load(bundle)(x), sv.reduce_(timm_model(), sv.ETPS(keep=0.5))(x))
+
+
+def test_a_run_s_folder_is_its_best_bundle_in_every_engine(tmp_path):
+    """Its id is that of the weights in it: another run has another."""
+    ids = []
+    for seed, name in enumerate(("one", "two")):
+        model = timm_model()
+        zoo.randomize(model, seed)
+        sv.save(model, tmp_path / name / "best", options=SIZES)
+        ids += [open_engine(tmp_path / name).id, open_engine(tmp_path / name / "best").id]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_small_patch16_224", "vit_base_patch16_siglip_224"])

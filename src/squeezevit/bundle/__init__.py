@@ -156,16 +156,28 @@ def write(folder: Path, card: Card, fill: Callable[[Path], None]) -> None:
         describe_(new, card)
         sums.write(new)
         new.chmod(0o755)  # mkdtemp's is the owner's alone
-        if folder.exists():
-            folder.rename(new.with_name(f"{new.name}.old"))
-        new.rename(folder)
+        _take_place(new, folder)
     except OSError as error:
         raise ConfigError(
             f"{folder} could not be written ({error.strerror or error}); make room there, or choose another"
         ) from error
     finally:
-        for left in (new, new.with_name(f"{new.name}.old")):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _take_place(new: Path, folder: Path) -> None:
+    """Rename a whole folder to its name; one that was there stays until then, and comes back where that fails."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = new.with_name(f"{new.name}.old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def describe_(folder: Path, card: Card) -> None:

@@ -1,6 +1,5 @@
 """What runs a bundle: torch, torch compiled, onnxruntime or OpenVINO, all called alike, with arrays of NumPy."""
 
-import hashlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from squeezevit.bundle import ENGINES, Card, load, read_card
+from squeezevit.bundle import ENGINES, Card, bundle_in, load, read_card
 from squeezevit.core.cut import description_of
 from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError
+from squeezevit.export.engines import HINTS, identity
+from squeezevit.export.graph import OUTPUTS
+from squeezevit.export.verified import padded
 
 Run = Callable[[np.ndarray], np.ndarray]  # [b, 3, H, W] -> [b, K or C]
 _HEADS = ("head", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "heads")  # what the libraries call one
-_OUTPUTS = ("logits", "image_embeds", "pooler_output")  # what a model of transformers puts out for a photograph, the best first
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,6 @@ class Engine:
         return np.concatenate(out).astype(np.float32, copy=False)
 
 
-def padded(images: np.ndarray, size: int) -> np.ndarray:
-    """Images [b, ...] with the last one repeated -> [size, ...].
-
-    >>> padded(np.array([[1], [2]]), 4).tolist()
-    [[1], [2], [2], [2]]
-    """
-    return np.concatenate([images, np.repeat(images[-1:], size - len(images), 0)]) if len(images) < size else images
-
-
 def open_engine(
     folder: str | PathLike[str], engine: str | None = None, threads: int | None = None, features: bool = False
 ) -> Engine:
@@ -85,7 +77,7 @@ def open_engine(
     >>> open_engine("my-vit").run(images).shape  # doctest: +SKIP
     (16, 1000)
     """
-    path = Path(folder)
+    path = bundle_in(folder)
     card = read_card(path)
     name = _chosen(path, card, engine)
     if features and card.engine != "torch" and card.classes is not None:
@@ -93,8 +85,13 @@ def open_engine(
             f"{path} was exported with its classifier, and puts out {len(card.classes)} classes, not features; export the model "
             "without a classifier (num_classes=0), or use `squeezevit predict`"
         )
-    call = _of_torch(path, threads, features, name == "compiled") if card.engine == "torch" else _OPENERS[name](path, threads)
-    return Engine(name, card, _identity(path, card), path, call)
+    if card.engine == "torch":
+        call = _of_torch(path, threads, features, name == "compiled")
+    elif name == "openvino":
+        call = _of_openvino(path, threads, card.exported.get("hint", "fp32"))
+    else:
+        call = _OPENERS[name](path, threads)
+    return Engine(name, card, identity(card.engine, path), path, call)
 
 
 def _chosen(folder: Path, card: Card, engine: str | None) -> str:
@@ -108,17 +105,6 @@ def _chosen(folder: Path, card: Card, engine: str | None) -> str:
             f"{'torch' if engine == 'compiled' else engine}"
         )
     return engine or held[0]
-
-
-def _identity(folder: Path, card: Card) -> str:
-    """SHA-256 of the model's files: OpenVINO has its weights beside the graph."""
-    file = folder / ENGINES[card.engine]
-    total = hashlib.sha256()
-    for part in filter(Path.is_file, (file, file.with_suffix(".bin"), file.with_name(f"{file.name}.data"))):
-        with part.open("rb") as content:
-            while block := content.read(1 << 20):
-                total.update(block)
-    return total.hexdigest()
 
 
 def _of_torch(folder: Path, threads: int | None, features: bool, compiled: bool) -> Run:
@@ -151,13 +137,13 @@ def _without_classifier_(model: nn.Module, folder: Path) -> None:
 
 def _first(out: Any, folder: Path) -> Tensor:
     """What stands for a photograph among what a model puts out."""
-    named = [value for name in _OUTPUTS if isinstance(value := getattr(out, name, None), Tensor)]
+    named = [value for name in OUTPUTS if isinstance(value := getattr(out, name, None), Tensor)]
     if named or isinstance(out, Tensor):
         return cast(Tensor, named[0] if named else out)
     if isinstance(out, tuple | list) and out and isinstance(out[0], Tensor):
         return out[0]
     raise UnsupportedError(
-        f"the model of {folder} puts out a {type(out).__name__} without {', '.join(_OUTPUTS)}; save another class"
+        f"the model of {folder} puts out a {type(out).__name__} without {', '.join(OUTPUTS)}; save another class"
     )
 
 
@@ -176,10 +162,10 @@ def _of_onnx(folder: Path, threads: int | None) -> Run:
     return lambda images: cast(np.ndarray, session.run([out], {source: images})[0])
 
 
-def _of_openvino(folder: Path, threads: int | None) -> Run:
+def _of_openvino(folder: Path, threads: int | None, hint: str = "fp32") -> Run:
+    """hint: what it computes in, "fp32" or "bf16"; its own choice differs by processor."""
     runtime = _installed("openvino", "openvino", folder)
-    hint = {"bf16": "bf16"}.get(read_card(folder).exported.get("hint", ""), "f32")  # OpenVINO's own choice differs by processor
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint} | (
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[hint]} | (
         {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
     )
     model = _opened(folder / ENGINES["openvino"], "OpenVINO", lambda file: runtime.Core().compile_model(file, "CPU", settings))
@@ -209,7 +195,7 @@ def _called(folder: Path, threads: int | None, engine: str, open_: Callable[[str
 
 
 _OPENERS: dict[str, Callable[[Path, int | None], Run]] = {
-    "onnx": _of_onnx, "openvino": _of_openvino, "program": _of_program, "aoti": _of_package
+    "onnx": _of_onnx, "program": _of_program, "aoti": _of_package
 }  # fmt: skip
 
 

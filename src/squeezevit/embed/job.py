@@ -16,9 +16,10 @@ import numpy as np
 from squeezevit.data.folder import decoding, image_or_reason, images_in, printable, unread_warning
 from squeezevit.data.pixels import Preprocessing
 from squeezevit.embed import tables
-from squeezevit.embed.engines import Engine, padded
+from squeezevit.embed.engines import Engine
 from squeezevit.embed.tables import FEATURES, NOT_FINITE, OK, PREDICTIONS, UNREADABLE, Journal, Row
 from squeezevit.errors import ConfigError, DataError
+from squeezevit.export.verified import padded
 
 Report = Callable[[str, int, int], None]  # what is done, files done, files in all
 SHOWN = 20  # rows, and unreadable files, that a result brings

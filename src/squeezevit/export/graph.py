@@ -18,7 +18,7 @@ from squeezevit.core.running import images, share_weights, without_hooks
 from squeezevit.core.trace import trace
 from squeezevit.errors import UnsupportedError
 
-_OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
+OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
 _MASK = "create_bidirectional_mask"
 _LOUD = ("onnx_ir", "onnxscript", "torch.onnx", "torch.export", "nncf", "root")  # what they log is for their own developers
 
@@ -44,7 +44,7 @@ class Exportable(nn.Module):
     def _run(self, images: Tensor) -> Tensor:
         runs: Any = self.about.tower or self.model
         out = runs(*self.about.given(images), **self.about.named(images))
-        for name in _OUTPUTS:
+        for name in OUTPUTS:
             if isinstance(value := getattr(out, name, None), Tensor):
                 return value
         return out if isinstance(out, Tensor) else out[0]
