@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -485,7 +486,7 @@ def test_names_that_are_no_text_do_not_end_a_run(photos, tmp_path):
 
 
 @pytest.fixture
-def fork():
+def fork(tmp_path):
     """Run a function in a process of its own, which ends with the test at the latest."""
     children = []
 
@@ -495,6 +496,9 @@ def fork():
             try:
                 function()
                 os._exit(0)
+            except BaseException:
+                # pytest holds the streams of this process, and what they took ends with it
+                (tmp_path / "told.txt").write_text(traceback.format_exc())
             finally:
                 os._exit(1)
         children.append(child)
@@ -665,7 +669,8 @@ def copies_at_every_change(c: Config, into: Path) -> None:
 def test_a_run_killed_before_any_call_on_files_resumes_to_the_same_bits(few_photos, tmp_path, fork):
     c = config(few_photos, tmp_path / "whole", *SMALLEST, "reducer.method=dtps", "augment.mixup=0.8", "epochs=1")
     killed = tmp_path / "killed"
-    assert os.waitpid(fork(lambda: copies_at_every_change(c, killed)), 0)[1] == 0
+    _, status = os.waitpid(fork(lambda: copies_at_every_change(c, killed)), 0)
+    assert status == 0, (tmp_path / "told.txt").read_text()
     expected = table(Path(c.out) / "log.csv")
     moments = sorted(killed.iterdir())
     assert len(moments) > 20
