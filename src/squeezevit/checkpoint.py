@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from squeezevit import sums
-from squeezevit.core.attach import reduce_
+from squeezevit.core.attach import needs_grid, reduce_
 from squeezevit.core.cut import convert, load_families, require_model
 from squeezevit.core.reducer import Reducer
 from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError
@@ -93,7 +93,7 @@ def reduce_with_weights_(model: Model, reducer: Reducer, weights: Mapping[str, T
     with_heads = weights is not None and has_heads(weights)
     if weights is not None and not with_heads:
         load_checkpoint_(model, weights, name)
-    reduce_(model, reducer)
+    reduce_(model, reducer, grid=needs_grid(model))
     if weights is not None and with_heads:
         load_checkpoint_(model, weights, name)
     return model
@@ -282,9 +282,12 @@ def from_pretrained(model_class: Any, name: str | Path, **kwargs: Any) -> Any:
         raise ConfigError(
             f"config.json of {name} says squeezevit = {_clip(repr(values))}, which is no reducer; save the reduced model again"
         )
+    grid = bool(getattr(model.config, "squeezevit_grid", False))
     del model.config.squeezevit
+    if grid:
+        del model.config.squeezevit_grid
     reducer = from_dict(values)
-    reduce_(model, reducer)
+    reduce_(model, reducer, grid=grid)
     if reducer.learned:
         _load_heads(model.token_reducer, name, {k: v for k, v in kwargs.items() if k in _WHERE})
     if isinstance(loaded, tuple):

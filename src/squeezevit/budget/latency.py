@@ -142,7 +142,8 @@ def profile(meter: Meter, probe: Reducer, progress: Progress | None = None) -> P
     block = about.blocks[len(about.blocks) // 2]
     with evaluation_mode(model), without_hooks(model):
         cases: dict[Any, Callable[[], Any]] = {"dense": forward(model, x, setting.precision)}
-        cases["reduced"] = forward(reduce_(share_weights(model), probe), x, setting.precision)
+        reduced = reduce_(share_weights(model), probe, grid=bool(about.needs_grid))
+        cases["reduced"] = forward(reduced, x, setting.precision)
         for t in tokens:
             some = torch.randn(setting.batch_size, t, about.dim, device=x.device, dtype=x.dtype)
             cases |= _halves(block, some, about.prefix, setting.precision)
@@ -184,7 +185,8 @@ def ratio(meter: Meter, reducer: Reducer, progress: Progress | None = None) -> t
     setting, model = meter.setting, meter.model
     x = images(model, setting.batch_size, setting.image_size)
     with without_hooks(model):
-        variants = {r: reduce_(share_weights(model).eval(), r) for r in (Identity(), reducer)}
+        grid = bool(meter.about.needs_grid)
+        variants = {r: reduce_(share_weights(model).eval(), r, grid=grid) for r in (Identity(), reducer)}
     cases = {r: forward(variant, x, setting.precision) for r, variant in variants.items()}
     times, _ = settled(cases, x.device, "measuring the plan", progress)
     return times.best(reducer), times.best_ratio(reducer, Identity())

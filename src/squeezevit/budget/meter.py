@@ -94,7 +94,7 @@ class Meter:
         try:
             retune_(self.model, reducer)
         except ConfigError:
-            reduce_(self.model, reducer)
+            reduce_(self.model, reducer, grid=bool(self.about.needs_grid))
         return self.model
 
     def release(self) -> nn.Module:

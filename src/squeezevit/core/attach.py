@@ -66,7 +66,8 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
     """Put a reducer into a model, in place, and return the model; a second call replaces the first.
 
     grid: the model's tokens (in Hugging Face's models `last_hidden_state` and `hidden_states`) have the full length again, each
-    patch holding the token it ended in, for callers that lay them out as an image or count them, as vision-language models do.
+    patch holding the token it ended in, for callers that lay them out as an image or count them, as dense and most vision-language
+    models do; these are refused without it.
 
     Keys of the state dict stay as they are; a learned reducer adds `token_reducer.*`, and keeps heads that already fit. Each
     block that is touched is first proved: its halves, run on random tokens, must equal the whole. Raises UnsupportedError,
@@ -126,6 +127,11 @@ def _mixins(about: Description) -> dict[nn.Module, tuple[type, ...]]:
     return found
 
 
+def needs_grid(model: nn.Module) -> bool:
+    """Whether a model can only be reduced with `grid=True`. Raises UnsupportedError for a model that cannot be reduced."""
+    return bool(description_of(model).needs_grid)
+
+
 def retune_(model: nn.Module, reducer: Reducer) -> None:
     """Give a reduced model another reducer of the same class and stages (other ratios), without proving the blocks again.
 
@@ -178,6 +184,11 @@ def _refuse(model: nn.Module, about: Description, reducer: Reducer, grid: bool) 
     if len({id(block) for block in about.blocks}) < len(about.blocks):
         raise UnsupportedError(
             f"{name} uses one block at several depths, which cannot have stages of their own; give each its own copy"
+        )
+    if about.needs_grid and not grid and reducer.stages(len(about.blocks)):
+        raise UnsupportedError(
+            f"{name} {about.needs_grid}; give grid=True, and every patch gets the token that it ended in: "
+            f"sv.reduce_(model, {reducer}, grid=True)"
         )
     if grid and not about.grids:
         raise UnsupportedError(f"{name} puts no full grid out (grid=True); use sv.trace and its scatter_back")

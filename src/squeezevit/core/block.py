@@ -255,13 +255,21 @@ def _per_token(block: ReducedBlock, args: tuple[Any, ...], kwargs: dict[str, Any
     given = {**dict(zip(cut.parameters, args, strict=False)), **kwargs}
     if site.state.forward.unmasked:
         given.pop("attention_mask", None)
-    masks = [n for n, v in given.items() if n not in site.per_token and (has_rows(v) or (n == "is_causal" and v))]
+    others = {n: v for n, v in given.items() if n not in site.per_token and not _hides_nothing(n, v)}
+    masks = [n for n, v in others.items() if has_rows(v) or (n == "is_causal" and v)]
     if masks:
         raise UnsupportedError(
             f"block {site.block}, {base_class(cast(nn.Module, block)).__qualname__}, was called with a mask ({', '.join(masks)}); "
             "masks of the full grid do not fit reduced tokens: call the model without, or sv.restore_ it first"
         )
     return {name: given[name] for name in site.per_token if given.get(name) is not None}
+
+
+def _hides_nothing(name: str, value: Any) -> bool:
+    """Whether a mask, true or 1 where tokens are seen, or added to the logits, lets all be seen; it is then no mask."""
+    if "mask" not in name or not isinstance(value, Tensor) or value.is_meta or torch.compiler.is_compiling():
+        return False
+    return not value.any() if value.is_floating_point() else bool(value.all())
 
 
 def _at_places(per_token: dict[str, Any], carry: Carry) -> dict[str, Any]:

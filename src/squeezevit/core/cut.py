@@ -44,6 +44,7 @@ class Description:
     inputs: Callable[[Tensor], tuple[Tensor | None, ...]] | None = None  # from images, where it takes something else
     options: Callable[[Tensor], dict[str, Any]] | None = None  # what images of another size must be called with
     grids: bool = False  # whether the mixins can put the full grid out again
+    needs_grid: str = ""  # why the model is wrong, or fails, where they do not
     refuse_mass: str = ""  # why masses cannot be respected, if they cannot
 
     def given(self, images: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,8 @@
 """Multiply-adds and token counts of a model as it is now, the reducer's own cost included."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from squeezevit.core.reducer import is_index
 from squeezevit.core.running import evaluation_mode, without_hooks
 from squeezevit.core.trace import Trace
 from squeezevit.errors import ConfigError
+
+Found = TypeVar("Found")
 
 
 def macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
@@ -27,10 +30,15 @@ def macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> i
     """
     from torch.utils.flop_counter import FlopCounterMode  # brings Triton with it
 
-    aside = Trace(model) if "squeezevit_state" in vars(model) else nullcontext()  # an open trace of the user's stays as it is
-    with FlopCounterMode(display=False) as counter, aside:
-        _fake_forward(model, image_size)
-    return counter.get_total_flops() // 2
+    reduced = "squeezevit_state" in vars(model)
+
+    def count(values: bool) -> int:
+        aside = Trace(model) if reduced else nullcontext()  # an open trace of the user's stays as it is
+        with FlopCounterMode(display=False) as counter, aside:
+            _forward(model, image_size, values)
+        return counter.get_total_flops() // 2
+
+    return _without_values(count)
 
 
 def token_counts(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> tuple[int, ...]:
@@ -45,9 +53,25 @@ def token_counts(model: nn.Module, image_size: int | tuple[int, int] | None = No
 
 def fake_trace(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Trace:
     """The trace of one image without values: shapes and counts. The model must be reduced."""
-    with Trace(model) as t:
-        _fake_forward(model, image_size)
-    return t
+
+    def run(values: bool) -> Trace:
+        with Trace(model) as t:
+            _forward(model, image_size, values)
+        return t
+
+    return _without_values(run)
+
+
+class _ReadsValues(Exception):
+    """A library asks for the values of a tensor, as of its own mask."""
+
+
+def _without_values(run: Callable[[bool], Found]) -> Found:
+    """What `run` finds by tensors without values; with values, of zeros, where the library reads some."""
+    try:
+        return run(False)
+    except _ReadsValues:
+        return run(True)
 
 
 class _ImagesAlone(nn.Module):
@@ -62,7 +86,7 @@ class _ImagesAlone(nn.Module):
         return self.runs[0](*inputs, **named)
 
 
-def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) -> None:
+def _forward(model: nn.Module, image_size: int | tuple[int, int] | None, values: bool) -> None:
     about = description_of(model)
     size = about.image_size if image_size is None else image_size
     height, width = _height_width(size)
@@ -70,11 +94,17 @@ def _fake_forward(model: nn.Module, image_size: int | tuple[int, int] | None) ->
     model = _ImagesAlone(model, model if about.tower is None else about.tower)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    image = torch.empty(1, about.channels, height, width, device="meta", dtype=next(model.parameters()).dtype)
-    with torch.no_grad(), evaluation_mode(model), without_hooks(model):
+    like = next(model.parameters())
+    image = torch.zeros(1, about.channels, height, width, device=like.device, dtype=like.dtype)
+    with torch.no_grad(), evaluation_mode(model), without_hooks(model, whole=True):
         try:
-            functional_call(model, shapes, about.given(image), about.named(image))
+            if values:
+                model(*about.given(image), **about.named(image))
+            else:
+                functional_call(model, shapes, about.given(image.to("meta")), about.named(image))
         except (AssertionError, RuntimeError, ValueError) as error:
+            if "on meta tensors" in str(error) and not like.is_meta:
+                raise _ReadsValues from error
             if any("quantized" in type(module).__module__ for module in model.modules()):
                 raise ConfigError(
                     f"the multiply-adds of this {name} cannot be counted, as some of its layers are quantised; "

@@ -18,6 +18,7 @@ from squeezevit.errors import ConfigError
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps there are
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NEEDED = ("torch.nn.utils", "torch.distributed", "accelerate")  # whose hooks make weights, or bring them
+_COLLECTING = ("transformers.utils.output_capturing",)
 
 
 @contextmanager
@@ -33,25 +34,30 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_hooks(module: nn.Module) -> Iterator[None]:
-    """No hook of the user's sees what runs here; those that make weights or bring them do, and recorders."""
+def without_hooks(module: nn.Module, whole: bool = False) -> Iterator[None]:
+    """No hook of the user's sees what runs here; those that make weights or bring them do, and recorders.
+
+    whole: a whole model runs, whose library may collect its outputs by hooks of its own.
+    """
+    needed = (*_NEEDED, *_COLLECTING) if whole else _NEEDED
     own = [(m, name) for m in module.modules() for name in ("_forward_hooks", "_forward_pre_hooks") if getattr(m, name)]
     everywhere = [(torch_module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")]
     places: list[tuple[Any, str]] = [*own, *everywhere]
     before = [getattr(place, name) for place, name in places]
     for (place, name), hooks in zip(places, before, strict=True):
-        setattr(place, name, OrderedDict((key, hook) for key, hook in hooks.items() if _is_needed(hook)))
+        setattr(place, name, OrderedDict((key, hook) for key, hook in hooks.items() if _is_needed(hook, needed)))
     try:
         yield
     finally:
         for (place, name), hooks in zip(places, before, strict=True):
+            hooks.update((key, hook) for key, hook in getattr(place, name).items() if key not in hooks)  # set meanwhile, for good
             setattr(place, name, hooks)
 
 
-def _is_needed(hook: Any) -> bool:
+def _is_needed(hook: Any, needed: tuple[str, ...]) -> bool:
     hook = hook.func if isinstance(hook, partial) else hook
     source = getattr(hook, "__module__", None) or type(hook).__module__
-    return isinstance(hook, Recorder) or source.startswith(_NEEDED) or type(hook).__module__.startswith(_NEEDED)
+    return isinstance(hook, Recorder) or source.startswith(needed) or type(hook).__module__.startswith(needed)
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:

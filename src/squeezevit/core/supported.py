@@ -10,10 +10,6 @@ _RELATIVE = (
     "its relative-position bias has an entry for each pair of patches of the full grid, which is not gathered; a ViT with absolute "
     "or rotary positions can be reduced"
 )
-_GRID = (
-    "it lays its tokens out as a grid, which reduced tokens do not fill; load its weights as {} instead, reduce that, and lay its "
-    "tokens out by sv.trace and scatter_back"
-)
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,43 @@ TOWERS = {  # of Hugging Face: prefix tokens without registers
     "CLIPVisionModel": 1,
     "SiglipVisionModel": 0,
     "Siglip2VisionModel": 0,
+    "AltCLIPVisionModel": 1,
+    "ASTModel": 2,
+    "ChineseCLIPVisionModel": 1,
+    "CLIPSegVisionModel": 1,
+    "GitVisionTransformer": 1,
+    "Idefics2VisionTransformer": 0,
+    "Idefics3VisionTransformer": 0,
+    "InternVLVisionModel": 1,
+    "JanusVisionModel": 0,
+    "Kosmos2VisionTransformer": 1,
+    "MetaClip2VisionModel": 1,
+    "OwlViTVisionTransformer": 1,
+    "Owlv2VisionTransformer": 1,
+    "PixioModel": 0,
+    "Sapiens2Model": 1,
+    "SmolVLMVisionTransformer": 0,
+    "Tipsv2VisionModel": 1,
+    "VivitModel": 1,
 }
+BACKBONES = {  # of Hugging Face: what runs the blocks in them, and puts out what left each
+    "Dinov2Backbone": "encoder",
+    "Dinov2WithRegistersBackbone": "encoder",
+    "DINOv3ViTBackbone": "model",
+    "PixioBackbone": "pixio",
+    "Sapiens2Backbone": "model",
+    "Tipsv2VisionBackbone": "encoder",
+}
+ANY_COUNT = (  # of Hugging Face: what is around a tower and takes any number of tokens from it
+    *(f"{name}ForImageClassification" for name in ("ViT", "DeiT", "ViTMSN", "IJepa", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT")),
+    *(f"{name}ForImageClassification" for name in ("CLIP", "Siglip", "Siglip2", "MetaClip2")),
+    "DeiTForImageClassificationWithTeacher", "ASTForAudioClassification", "VivitForVideoClassification",
+    *(f"{name}Model" for name in ("CLIP", "Siglip", "Siglip2", "MetaClip2", "AltCLIP", "ChineseCLIP", "CLIPSeg", "OwlViT")),
+    *(f"{name}VisionModelWithProjection" for name in ("CLIP", "MetaClip2")),
+    *(f"{name}VisionModel" for name in ("OwlViT", "Owlv2", "Kosmos2", "Git")),
+    "Owlv2Model", "VisionTextDualEncoderModel",
+    *(f"{name}{what}" for name in ("Llava", "PaliGemma") for what in ("Model", "ForConditionalGeneration")),
+)  # fmt: skip
 TABLE = (
     Family(
         "timm",
@@ -82,27 +114,22 @@ TABLE = (
             "SwinTransformerV2": _WINDOWS,
         },
         "plain, residual-post-norm and post-norm blocks, LayerScale, q/k-norm, gated attention, registers, rotary embeddings "
-        "(axial, mixed, DINOv3's), SwiGLU, all poolings ('prr' without mass); parallel blocks are refused where a stage is",
+        "(axial, mixed, DINOv3's), SwiGLU, `features_only=True` with `grid=True`, all poolings ('prr' without mass); parallel blocks are refused where a stage is",
     ),
     Family(
         "transformers",
         "transformers",
         "5.18",
         "5.25",
-        tuple(TOWERS),
+        (*TOWERS, *BACKBONES),
         {
             "BeitModel": _RELATIVE,
             "Data2VecVisionModel": _RELATIVE,
             "SwinModel": _WINDOWS,
-            "ViTMAEForPreTraining": _GRID.format("ViTMAEModel"),
-            "ViTForMaskedImageModeling": _GRID.format("ViTModel"),
-            "DeiTForMaskedImageModeling": _GRID.format("DeiTModel"),
-            "Dinov2Backbone": _GRID.format("Dinov2Model"),
-            "Dinov2WithRegistersBackbone": _GRID.format("Dinov2WithRegistersModel"),
-            "DINOv3ViTBackbone": _GRID.format("DINOv3ViTModel"),
         },
-        "alone, under their own heads (classification, CLIPModel, SiglipModel) and inside vision-language models; sdpa and eager "
-        "attention; SigLIP 2 of variable size without padding",
+        "alone, under their own heads (classification, CLIPModel, SiglipModel) and, with `grid=True`, inside whatever lays their "
+        "tokens out or counts them (depth, segmentation, detection, vision-language models); timm's models inside TimmWrapper and "
+        "TimmBackbone; sdpa and eager attention; images of variable size without padding",
     ),
     Family("torchvision", "torchvision", "0.21", "0.30", ("VisionTransformer",), {"SwinTransformer": _WINDOWS}),
     Family(

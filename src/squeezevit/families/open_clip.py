@@ -1,20 +1,21 @@
 """open_clip's image towers: its own VisionTransformer, and timm's behind its wrapper, alone or inside a CLIP."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer, feature_take_indices
 from torch import Tensor, nn
 
 from squeezevit.core.block import Mixin
 from squeezevit.core.cut import Description, attention, attn_half, describe, mlp_half, projections
 from squeezevit.core.evidence import Attention, output
+from squeezevit.core.trace import Trace, spread
 from squeezevit.errors import UnsupportedError
 from squeezevit.families import multihead
-from squeezevit.families.tokens import WeightedPooling, not_a_grid, own_methods, weighted
+from squeezevit.families.tokens import WeightedPooling, maps_on_grid, not_a_grid, own_methods, traced, weighted
 
 
 @attn_half.register
@@ -41,30 +42,39 @@ class ReducedVisual(Mixin):
     """Pooling in which a token counts by its weight, and the normed tokens for traces."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        forwards = self.squeezevit_state.forwards
-        forwards.enter()
+        state = self.squeezevit_state
+        state.forwards.enter()
         done = False
         try:
-            out = super().forward(*args, **kwargs)
+            with traced(cast(nn.Module, self), state):
+                out = super().forward(*args, **kwargs)
             done = True
         finally:
-            forwards.exit(done)
+            state.forwards.exit(done)
         return out
 
-    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
-        """The library's own as tokens; refused as grids, which reduced tokens do not fill."""
-        state = self.squeezevit_state
-        if output_fmt != "NLC" and state.stages:
-            raise UnsupportedError(not_a_grid("forward_intermediates", output_fmt, state.reducer))
-        return super().forward_intermediates(x, *args, output_fmt=output_fmt, **kwargs)
+    def forward_intermediates(self, x: Tensor, indices: Any = None, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
+        """The library's own; as grids, or as many tokens as ever, where `reduce_` was asked for the full grid."""
+        state, own = self.squeezevit_state, super().forward_intermediates
+        if not (state.grid and state.stages):
+            if output_fmt != "NLC" and state.stages:
+                raise UnsupportedError(not_a_grid("forward_intermediates", output_fmt, state.reducer))
+            return own(x, indices, *args, output_fmt=output_fmt, **kwargs)
+        with traced(cast(nn.Module, self), state) as t:
+            out = own(x, indices, *args, output_fmt="NLC", **kwargs)
+        taken, _ = feature_take_indices(state.depth, indices)
+        shape = None if output_fmt == "NLC" else (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1])
+        return {**out, "image_intermediates": maps_on_grid(out["image_intermediates"], sorted(set(taken)), cast(Trace, t), shape)}
 
     def _pool(self, x: Tensor) -> Any:
         state = self.squeezevit_state
         if state.trace is not None:
             state.trace.tokens = self.ln_post(x)[:, state.prefix :] if self.attn_pool is None else x[:, state.prefix :]
-        out = super()._pool(x)
+        pooled, tokens = super()._pool(x)
         state.final_weights(self)
-        return out
+        if state.grid and state.stages and self.attn_pool is None:
+            tokens = spread(tokens, cast(Trace, state.trace).groups)
+        return pooled, tokens
 
     def _global_pool(self, x: Tensor) -> Any:
         pooled, tokens = super()._global_pool(x)
@@ -89,6 +99,7 @@ def _(model: VisionTransformer) -> Description:
         channels=model.conv1.in_channels,
         image_size=tuple(model.image_size),
         mixins=((model, ReducedVisual), *((pool, WeightedPooling) for pool in pools)),
+        grids=True,
         pooled=True,
         refuse_mass=own_methods(model, ("forward", "_pool", "_global_pool"), "open_clip."),
     )

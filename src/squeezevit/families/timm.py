@@ -1,12 +1,15 @@
 """timm's VisionTransformer and Eva: ViT, DeiT, DINOv2, CLIP, SigLIP, MAE, EVA, DINOv3, PE and all others of plain blocks."""
 
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models import eva, vision_transformer
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -14,8 +17,9 @@ from torch import Tensor, nn
 from squeezevit.core.block import Mixin
 from squeezevit.core.cut import Description, arguments, attention, attn_half, convert, describe, mlp_half, projections
 from squeezevit.core.evidence import Attention, compute, is_plain, output, recorded
+from squeezevit.core.trace import Trace
 from squeezevit.errors import CheckpointError, UnsupportedError
-from squeezevit.families.tokens import not_a_grid, own_methods
+from squeezevit.families.tokens import full_weights, maps_on_grid, not_a_grid, on_grid, own_methods, traced
 
 
 @attn_half.register
@@ -171,21 +175,37 @@ class ReducedVisionTransformer(Mixin):
         state.forwards.enter()
         done = False
         try:
-            x = super().forward_features(*args, **kwargs)
+            with traced(cast(nn.Module, self), state) as t:
+                x = super().forward_features(*args, **kwargs)
             if state.trace is not None:
                 state.trace.tokens = x[:, state.prefix :]
-            x.squeezevit_weights = state.final_weights(self)
+            weights = state.final_weights(self)
+            if state.grid and state.stages:
+                x = on_grid(x, cast(Trace, t), self.squeezevit_state.depth)
+                weights = full_weights(cast(Trace, t), x.dtype)
+            x.squeezevit_weights = weights
             done = True
         finally:
             state.forwards.exit(done)
         return x
 
-    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
-        """The library's own as tokens; refused as grids, which reduced tokens do not fill."""
-        state = self.squeezevit_state
-        if output_fmt != "NLC" and state.stages:
-            raise UnsupportedError(not_a_grid("forward_intermediates", output_fmt, state.reducer))
-        return super().forward_intermediates(x, *args, output_fmt=output_fmt, **kwargs)
+    def forward_intermediates(self, x: Tensor, indices: Any = None, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
+        """The library's own; as grids, or as many tokens as ever, where `reduce_` was asked for the full grid."""
+        state, own = self.squeezevit_state, super().forward_intermediates
+        if not (state.grid and state.stages):
+            if output_fmt != "NLC" and state.stages:
+                raise UnsupportedError(not_a_grid("forward_intermediates", output_fmt, state.reducer))
+            return own(x, indices, *args, output_fmt=output_fmt, **kwargs)
+        with traced(cast(nn.Module, self), state) as opened:
+            out = own(x, indices, *args, output_fmt="NLC", **kwargs)
+        t = cast(Trace, opened)
+        taken, _ = feature_take_indices(len(self.blocks), indices)
+        shape = None if output_fmt == "NLC" else self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        lay_out = partial(maps_on_grid, blocks=sorted(set(taken)), t=t, shape=shape)
+        if isinstance(out, dict):
+            final = {"image_features": on_grid(out["image_features"], t, state.depth)} if "image_features" in out else {}
+            return {**out, "image_intermediates": lay_out(out["image_intermediates"]), **final}
+        return (on_grid(out[0], t, state.depth), lay_out(out[1])) if isinstance(out, tuple) else lay_out(out)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Pooling in which a token counts as many times as it has patches; where all count the same, the library's own."""
@@ -254,9 +274,17 @@ def _host(model: VisionTransformer | Eva, mixin: type, class_token: bool) -> Des
         channels=getattr(getattr(model.patch_embed, "proj", None), "in_channels", 3),
         image_size=(int(height), int(width)),
         mixins=((model, mixin),),
+        grids=True,
         pooled=True,
         refuse_mass=_refuse_mass(model),
     )
+
+
+@describe.register
+def _(model: FeatureGetterNet) -> Description:
+    """What `features_only=True` builds."""
+    maps = "" if model.output_fmt == "NLC" else "lays the tokens of its blocks out as images, which reduced tokens do not fill"
+    return replace(describe(model.model), needs_grid=maps)
 
 
 def _refuse_mass(model: VisionTransformer | Eva) -> str:

@@ -1,14 +1,14 @@
 """What models do with their tokens after the blocks, shared by the families."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from squeezevit.core.block import Mixin
+from squeezevit.core.block import Mixin, State
 from squeezevit.core.cut import base_class
 from squeezevit.core.reducer import Reducer
 from squeezevit.core.trace import Trace, spread
@@ -34,6 +34,29 @@ def on_grid(x: Tensor, t: Trace, blocks: int) -> Tensor:
     return torch.cat([x[:, : t.prefix], spread(x[:, t.prefix :], t.groups_after(stage))], dim=1)
 
 
+def full_weights(t: Trace, dtype: torch.dtype) -> Tensor | None:
+    """How much each token of the full grid counts in pooling: 0 for a patch that was discarded, [B, P + N0]; None: all the same."""
+    if all(s.hosts is not None for s in t.stages):
+        return None
+    return F.pad((t.groups >= 0).to(dtype), (t.prefix, 0), value=1.0)
+
+
+def maps_on_grid(maps: Sequence[Any], blocks: Sequence[int], t: Trace, shape: tuple[int, int] | None) -> list[Any]:
+    """Patch tokens that left each of `blocks`, [B, n, C], at all their patches: [B, N0, C], or as images [B, C, height, width].
+
+    An entry may be a tuple, of which only the first member is patch tokens.
+    """
+
+    def laid_out(x: Any, block: int) -> Any:
+        if isinstance(x, tuple):
+            return laid_out(x[0], block), *x[1:]
+        stage = sum(s.block <= block for s in t.stages) - 1
+        x = x if stage < 0 else spread(x, t.groups_after(stage))
+        return x if shape is None else x.transpose(1, 2).unflatten(2, shape).contiguous()
+
+    return [laid_out(x, block) for x, block in zip(maps, blocks, strict=True)]
+
+
 def own_methods(model: nn.Module, names: Sequence[str], library: str) -> str:
     """Why a model that overrides one of the library's methods cannot keep masses; "" where it overrides none.
 
@@ -53,9 +76,17 @@ def own_methods(model: nn.Module, names: Sequence[str], library: str) -> str:
 def not_a_grid(method: str, fmt: str, reducer: Reducer) -> str:
     """Why intermediate features are not laid out as a grid."""
     return (
-        f"{method}(output_fmt={fmt!r}) lays tokens out as a grid, which those left by {reducer} do not fill; give "
-        "output_fmt='NLC', and sv.trace with its scatter_back where a grid is needed"
+        f"{method}(output_fmt={fmt!r}) lays tokens out as a grid, which those left by {reducer} do not fill; reduce the model with "
+        "grid=True, or give output_fmt='NLC'"
     )
+
+
+@contextmanager
+def traced(module: nn.Module, state: State) -> Iterator[Trace | None]:
+    """The open trace; where the full grid is to be put out and none is open, one for this forward."""
+    needed = state.grid and state.stages and state.trace is None
+    with Trace(module) if needed else nullcontext(cast("Trace | None", state.trace)) as t:
+        yield t
 
 
 class Tower(Mixin):
@@ -70,11 +101,10 @@ class Tower(Mixin):
         averaged, run.averaging = run.averaging, False
         # Hugging Face's towers make a mask of nothing but True while they are exported
         run.unmasked = len(args) < 2 and all(v is None for k, v in kwargs.items() if k.endswith("attention_mask"))
-        needs_trace = state.grid and state.stages and state.trace is None
         state.forwards.enter()
         done = False
         try:
-            with Trace(cast(nn.Module, self)) if needs_trace else nullcontext(state.trace) as t:
+            with traced(cast(nn.Module, self), state) as t:
                 out = super().forward(*args, **kwargs)
             tokens = out if isinstance(out, Tensor) else out[0]
             if state.trace is not None:
@@ -85,7 +115,9 @@ class Tower(Mixin):
             run.unmasked = False
             state.forwards.exit(done)
         if state.grid and state.stages:
-            return _all_on_grid(out, cast(Trace, t))
+            out = _all_on_grid(out, cast(Trace, t))
+            tokens = out if isinstance(out, Tensor) else out[0]
+            weights = full_weights(cast(Trace, t), tokens.dtype)
         return _with_tokens(out, weighted(tokens, weights, state.prefix)) if averaged else out
 
     def normed(self, tokens: Tensor) -> Tensor:

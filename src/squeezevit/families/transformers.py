@@ -2,9 +2,11 @@
 
 import inspect
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +21,22 @@ from squeezevit.core.cut import (
     attn_half,
     base_class,
     describe,
+    description_of,
     fingerprint,
     knows,
     mlp_half,
     projections,
 )
-from squeezevit.core.evidence import Attention, is_plain, output, recorded
-from squeezevit.core.supported import TOWERS, refusal
+from squeezevit.core.evidence import Attention, compute, is_plain, output, recorded
+from squeezevit.core.reducer import Reducer
+from squeezevit.core.supported import ANY_COUNT, BACKBONES, TOWERS, refusal
 from squeezevit.errors import UnsupportedError
 from squeezevit.families.tokens import Averaging, Tower, WeightedPooling, own_methods
 from squeezevit.reducers import to_dict
 
 
 class _Layout(NamedTuple):
-    """Names of a layer's children, in the order in which they run."""
+    """Names of a layer's children and scaling parameters, in the order in which they run."""
 
     norm1: str
     attn: str
@@ -44,6 +48,8 @@ class _Layout(NamedTuple):
 _VIT = _Layout("layernorm_before", "attention", "layernorm_after", ("dropout",), ("dropout",))
 _DINO = _Layout("norm1", "attention", "norm2", ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
 _CLIP = _Layout("layer_norm1", "self_attn", "layer_norm2")
+_PIXIO = _VIT._replace(after_attn=("dropout", "drop_path"), after_mlp=("dropout", "drop_path"))
+_INTERNVL = _VIT._replace(after_attn=("lambda_1",), after_mlp=("dropout", "lambda_2"))
 _LAYERS = {  # by package of transformers.models
     "vit": ("ViTLayer", _VIT),
     "deit": ("DeiTLayer", _VIT),
@@ -56,10 +62,29 @@ _LAYERS = {  # by package of transformers.models
     "clip": ("CLIPEncoderLayer", _CLIP),
     "siglip": ("SiglipEncoderLayer", _CLIP),
     "siglip2": ("Siglip2EncoderLayer", _CLIP),
+    "altclip": ("AltCLIPEncoderLayer", _CLIP),
+    "audio_spectrogram_transformer": ("ASTLayer", _VIT),
+    "chinese_clip": ("ChineseCLIPVisionLayer", _CLIP),
+    "clipseg": ("CLIPSegEncoderLayer", _CLIP),
+    "git": ("GitVisionEncoderLayer", _CLIP),
+    "idefics2": ("Idefics2EncoderLayer", _CLIP),
+    "idefics3": ("Idefics3EncoderLayer", _CLIP),
+    "internvl": ("InternVLVisionLayer", _INTERNVL),
+    "janus": ("JanusVisionEncoderLayer", _CLIP),
+    "kosmos2": ("Kosmos2VisionEncoderLayer", _CLIP),
+    "metaclip_2": ("MetaClip2EncoderLayer", _CLIP),
+    "owlvit": ("OwlViTEncoderLayer", _CLIP),
+    "owlv2": ("Owlv2EncoderLayer", _CLIP),
+    "pixio": ("PixioLayer", _PIXIO),
+    "sapiens2": ("Sapiens2Layer", _DINO),
+    "smolvlm": ("SmolVLMEncoderLayer", _CLIP),
+    "tipsv2": ("Tipsv2VisionLayer", _DINO),
+    "vivit": ("VivitLayer", _VIT),
 }
 _AVERAGING = (
     "Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification", "CLIPForImageClassification",
     "SiglipForImageClassification", "Siglip2ForImageClassification", "IJepaForImageClassification",
+    "MetaClip2ForImageClassification",
 )  # fmt: skip
 
 
@@ -96,8 +121,9 @@ def _register(layer: type, layout: _Layout) -> None:
 
     @arguments.register(layer)
     def _(block: Any, patches: Tensor) -> dict[str, Any]:
-        given: dict[str, Any] = {"attention_mask": None}
-        if _rotates(block):
+        takes = inspect.signature(layer.forward).parameters  # type: ignore[attr-defined]
+        given: dict[str, Any] = {"attention_mask": None} if "attention_mask" in takes else {}
+        if _rotates(layer):
             angles = patches[:, :1].expand(-1, getattr(block, attn).head_dim).cumsum(dim=1)
             given["position_embeddings"] = (angles.cos(), angles.sin())
         return given
@@ -118,31 +144,50 @@ def _require_additive(attn: Any) -> None:
         )
 
 
-def _rotates(block: nn.Module) -> bool:
-    return hasattr(sys.modules[base_class(block).__module__], "apply_rotary_pos_emb")
+def _rotates(layer: type) -> bool:
+    return "position_embeddings" in inspect.signature(layer.forward).parameters  # type: ignore[attr-defined]
 
 
 def _through(block: Any, names: tuple[str, ...], y: Tensor) -> Tensor:
     for name in names:
-        y = getattr(block, name)(y)
+        part = getattr(block, name)
+        y = part(y) if isinstance(part, nn.Module) else part * y
     return y
 
 
 def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Attention:
-    def project(linear: nn.Module, x: Tensor) -> Tensor:
-        y = output(linear, x)
-        d = attn.head_dim
-        y = y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2)
-        if position_embeddings is None or y.shape[2] == 1:  # a class token alone, which has no place
-            return y
-        return sys.modules[base_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
+    heads, d = attn.config.num_attention_heads, attn.head_dim
+    q_norm, k_norm = (_Norm(getattr(attn, name, None), d) for name in ("q_norm", "k_norm"))
+
+    def project(linear: nn.Module, norm: _Norm, x: Tensor) -> Tensor:
+        y = norm.whole(output(linear, x))
+        y = norm.per_head(y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2))
+        if position_embeddings is not None and y.shape[2] > 1:  # a class token alone has no place
+            y = sys.modules[base_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
+        return y if y.shape[1] == heads else y.repeat_interleave(heads // y.shape[1], dim=1)
 
     scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
-    plain = position_embeddings is None and is_plain(attn.k_proj) and recorded(attn.k_proj) is None
+    plain = position_embeddings is None and k_norm.none and is_plain(attn.k_proj) and recorded(attn.k_proj) is None
+    plain = plain and attn.k_proj.weight.shape[0] == heads * d  # heads do not share their keys
     return Attention(
-        x, attn.config.num_attention_heads, lambda n: project(attn.q_proj, x[:, :n]) * scale, lambda: project(attn.k_proj, x),
+        x, heads, lambda n: project(attn.q_proj, q_norm, x[:, :n]) * scale, lambda: project(attn.k_proj, k_norm, x),
         attn.k_proj.weight if plain else None, attn.k_proj.bias if plain else None,
     )  # fmt: skip
+
+
+class _Norm:
+    """Of queries or keys, over all heads together or over each."""
+
+    def __init__(self, module: nn.Module | None, head_dim: int) -> None:
+        weight = getattr(module, "weight", None)
+        self.none = weight is None
+        self._module, self._over_heads = module, weight is not None and weight.numel() != head_dim
+
+    def whole(self, y: Tensor) -> Tensor:
+        return compute(self._module, y) if self._module is not None and self._over_heads else y
+
+    def per_head(self, y: Tensor) -> Tensor:
+        return y if self._module is None or self.none or self._over_heads else compute(self._module, y)
 
 
 class Saving(Mixin):
@@ -150,63 +195,162 @@ class Saving(Mixin):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         self.config.squeezevit = to_dict(self.squeezevit_state.reducer)
+        if self.squeezevit_state.grid:
+            self.config.squeezevit_grid = True
         try:
             return super().save_pretrained(*args, **kwargs)
         finally:
             del self.config.squeezevit
+            if self.squeezevit_state.grid:
+                del self.config.squeezevit_grid
 
 
-class CLIPTower(Tower):
+class HostedTower(Tower):
+    """A tower that may be called by a model of its library that counts its tokens, or lays them out as an image."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.squeezevit_state
+        if state.stages and not state.grid and not torch.compiler.is_compiling():
+            _refuse_callers_that_need_the_grid(cast(PreTrainedModel, self), state.reducer)
+        return super().forward(*args, **kwargs)
+
+
+class CLIPTower(HostedTower):
     """Its library norms the class token alone."""
 
     def normed(self, tokens: Tensor) -> Tensor:
         return self.post_layernorm(tokens)
 
 
+def _refuse_callers_that_need_the_grid(tower: PreTrainedModel, reducer: Reducer) -> None:
+    """Look for them among the functions that are running: a tower that was reduced alone knows of nobody around it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("transformers.models."):
+            runs = frame.f_locals.get("self")
+            if isinstance(runs, PreTrainedModel) and runs is not tower and (reason := _needs_grid(runs, tower)):
+                raise UnsupportedError(
+                    f"{type(tower).__name__} was reduced alone, and is called by {type(runs).__name__}, which {reason}; reduce "
+                    f"it with grid=True, and every patch gets the token that it ended in: sv.reduce_(tower, {reducer}, grid=True)"
+                )
+        frame = frame.f_back
+
+
+def _needs_grid(model: PreTrainedModel, tower: nn.Module) -> str:
+    """Why a model is only right with the full grid, in words that follow its name; "" where it takes any number of tokens."""
+    if _name(tower, BACKBONES):
+        return "lays tokens out as images, which reduced tokens do not fill"
+    several = isinstance(getattr(model.config, "vision_feature_layer", None), list | tuple)  # whose counts may differ
+    if model is tower or (_name(model, ANY_COUNT) and not several):
+        return ""
+    return f"is not known to take fewer tokens than the full grid has from its {type(tower).__name__}"
+
+
 @describe.register
 def _(model: PreTrainedModel) -> Description:
     if reason := next(filter(None, map(refusal, model.modules())), None):
         raise UnsupportedError(f"{type(model).__name__} cannot be reduced ({reason})")
-    towers: dict[str, Any] = {path: m for path, m in model.named_modules() if _name(m, TOWERS)}
+    names = (*TOWERS, *BACKBONES, *_WRAPPERS)
+    towers: dict[str, Any] = {path: m for path, m in model.named_modules() if _name(m, names)}
+    within = [f"{path}." if path else "" for path, m in towers.items() if _name(m, BACKBONES)]  # which may hold towers themselves
+    towers = {path: m for path, m in towers.items() if not any(path != w[:-1] and path.startswith(w) for w in within)}
     if len(towers) != 1:
-        several = f"give one of them to sv.reduce_, as {' or '.join(map(as_python, filter(None, towers)))}"
-        raise UnsupportedError(
-            f"{type(model).__name__} has {len(towers)} vision towers that SqueezeViT knows ({', '.join(TOWERS)}); "
-            f"{several if towers else 'for one of your own register squeezevit.extend.describe'}"
-        )
+        raise UnsupportedError(_not_one_tower(model, list(towers)))
     (tower,) = towers.values()
+    about = _of_wrapped(tower) if _name(tower, _WRAPPERS) else _of_tower(model, tower)
+    return replace(
+        about,
+        mixins=((model, Saving), *about.mixins),
+        tower=None if _takes_images(model, tower) else tower,
+        needs_grid=about.needs_grid or _needs_grid(model, tower),
+    )
+
+
+def _takes_images(model: PreTrainedModel, tower: PreTrainedModel) -> bool:
+    """Whether a model may be called with what its tower takes alone."""
+    first, towers = (next(iter(inspect.signature(m.forward).parameters)) for m in (model, tower))
+    return first == towers
+
+
+def _not_one_tower(model: PreTrainedModel, paths: list[str]) -> str:
+    known = f"vision towers that SqueezeViT knows ({', '.join(_NAMED)} and others; see `squeezevit families`)"
+    name = type(model).__name__
+    if not paths:
+        return f"{name} has 0 {known}; for one of your own register squeezevit.extend.describe"
+    one, *_ = several = [as_python(path) for path in paths if path]
+    return (
+        f"{name} has {len(paths)} {known}, and a reducer goes into one: sv.reduce_({one}, sv.ETPS(), grid=True), which is right "
+        f"for every {name}; there {'are' if len(several) > 1 else 'is'} {', '.join(several)}"
+    )
+
+
+_NAMED = ("ViTModel", "Dinov2Model", "CLIPVisionModel", "SiglipVisionModel")
+_WRAPPERS = {"TimmWrapperPreTrainedModel": "timm_model", "TimmBackbone": "_backbone"}
+
+
+def _of_wrapped(wrapper: PreTrainedModel) -> Description:
+    """What is known of the timm model in it."""
+    return description_of(getattr(wrapper, _WRAPPERS[cast(str, _name(wrapper, _WRAPPERS))]))
+
+
+def _of_tower(model: PreTrainedModel, tower: Any) -> Description:
     averages = _name(model, _AVERAGING) is not None
     head = getattr(getattr(tower, "head", None), "attention", None)
-    config = tower.config
-    mixins: list[tuple[nn.Module, type]] = [(model, Saving)]
-    mixins += [(model, Averaging)] if averages else []
-    mixins += [(tower, CLIPTower if _name(tower, ("CLIPVisionModel",)) else Tower)]
+    config, runs = tower.config, tower.get_submodule(BACKBONES.get(_name(tower, BACKBONES) or "", ""))
+    mixins: list[tuple[nn.Module, type]] = [(model, Averaging)] if averages else []
+    mixins += [(runs, CLIPTower if _name(tower, ("CLIPVisionModel", "MetaClip2VisionModel")) else HostedTower)]
     mixins += [(head, WeightedPooling)] if head is not None else []
-    size = getattr(config, "image_size", None) or config.patch_size * round(config.num_patches**0.5)
+    classes = getattr(config, "n_cls_tokens", TOWERS.get(_name(tower, TOWERS) or "", 1))
+    size = _size(config)
     return Description(
         blocks=tuple(m for m in tower.modules() if knows(base_class(m))),
-        prefix=TOWERS[_name(tower, TOWERS)] + getattr(config, "num_register_tokens", 0),  # type: ignore[index]
-        class_token=TOWERS[_name(tower, TOWERS)] > 0,  # type: ignore[index]
+        prefix=classes + getattr(config, "num_register_tokens", 0),
+        class_token=classes > 0,
         dim=config.hidden_size,
-        channels=config.num_channels,
-        image_size=(size, size) if isinstance(size, int) else tuple(size),
+        channels=getattr(config, "num_channels", 1),  # a spectrogram has one
+        image_size=size,
         mixins=tuple(mixins),
         grids=True,
         pooled=averages or head is not None,
-        tower=None if model.main_input_name == "pixel_values" else tower,
-        inputs=partial(_patches, config.patch_size) if _name(tower, ("Siglip2VisionModel",)) else None,
-        options=partial(_resized, model if model.main_input_name == "pixel_values" else tower, size),
+        inputs=_inputs(tower),
+        options=partial(_resized, model if _takes_images(model, tower) else tower, size),
         refuse_mass=own_methods(model, ("forward",), "transformers.") if averages else "",
     )
 
 
-def _resized(runs: nn.Module, size: int | tuple[int, int], images: Tensor) -> dict[str, Any]:
+def _size(config: Any) -> tuple[int, int]:
+    """Height and width of the images, or of the spectrograms, that a tower is set up for."""
+    if hasattr(config, "num_mel_bins"):
+        return config.max_length, config.num_mel_bins
+    size = getattr(config, "image_size", None) or config.patch_size * round(config.num_patches**0.5)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _inputs(tower: Any) -> Callable[[Tensor], tuple[Tensor | None, ...]] | None:
+    """From images [B, channels, H, W], what a tower takes where that is something else."""
+    if _name(tower, ("Siglip2VisionModel",)):
+        return partial(_patches, tower.config.patch_size)
+    if _name(tower, ("ASTModel",)):
+        return _spectrogram
+    return partial(_still, tower.config.num_frames) if _name(tower, ("VivitModel",)) else None
+
+
+def _resized(runs: nn.Module, own: tuple[int, int], images: Tensor) -> dict[str, Any]:
     """What asks a model to interpolate its positions, for images of another size than its own, where it must be asked."""
-    own = (size, size) if isinstance(size, int) else tuple(size)
     embeddings = getattr(getattr(runs, "vision_model", runs), "embeddings", runs)
     takers = [inspect.signature(m.forward).parameters for m in (runs, embeddings)]
     asked = any("interpolate_pos_encoding" in parameters for parameters in takers)
     return {"interpolate_pos_encoding": True} if asked and tuple(images.shape[-2:]) != own else {}
+
+
+def _spectrogram(images: Tensor) -> tuple[Tensor]:
+    """Of one channel: [B, 1, time, frequency] -> [B, time, frequency]."""
+    return (images[:, 0],)
+
+
+def _still(frames: int, images: Tensor) -> tuple[Tensor]:
+    """A video that shows the same all the time: [B, channels, H, W] -> [B, frames, channels, H, W]."""
+    return (images[:, None].expand(-1, frames, -1, -1, -1),)
 
 
 def _patches(side: int, images: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,481 @@
+"""Towers that are a row in a table, dense backbones, and what is around them: equality, counts, the full grid or a refusal."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+
+import squeezevit as sv
+import zoo
+from squeezevit.bench.run import measure
+from squeezevit.core.cut import description_of
+from squeezevit.core.running import images as images_of
+from squeezevit.core.supported import BACKBONES, TOWERS
+from squeezevit.errors import UnsupportedError
+
+DEPTH, SIDE = 6, 8  # blocks, and patches a side
+VIT = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": DEPTH, "intermediate_size": 96}
+VIT |= {"image_size": 56, "patch_size": 7, "num_channels": 3}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+LANGUAGE = {**TEXT, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = {"num_key_value_heads_per_layer": [4, 4, 2, 2, 2, 4], "num_register_tokens": 3}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+TOWERS_IN_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {  # in which module of transformers.models, its configuration, options
+    "AltCLIPVisionModel": ("altclip", "AltCLIPVisionConfig", VIT),
+    "ASTModel": (
+        "audio_spectrogram_transformer",
+        "ASTConfig",
+        {**VIT, "patch_size": 8, "frequency_stride": 4, "time_stride": 4, "max_length": 64, "num_mel_bins": 16},
+    ),
+    "ChineseCLIPVisionModel": ("chinese_clip", "ChineseCLIPVisionConfig", VIT),
+    "CLIPSegVisionModel": ("clipseg", "CLIPSegVisionConfig", VIT),
+    "GitVisionModel": ("git", "GitVisionConfig", VIT),
+    "Idefics2VisionTransformer": ("idefics2", "Idefics2VisionConfig", VIT),
+    "Idefics3VisionTransformer": ("idefics3", "Idefics3VisionConfig", VIT),
+    "InternVLVisionModel": ("internvl", "InternVLVisionConfig", {**VIT, "use_qk_norm": True, "layer_scale_init_value": 0.5}),
+    "JanusVisionModel": ("janus", "JanusVisionConfig", VIT),
+    "Kosmos2VisionModel": ("kosmos2", "Kosmos2VisionConfig", VIT),
+    "MetaClip2VisionModel": ("metaclip_2", "MetaClip2VisionConfig", VIT),
+    "OwlViTVisionModel": ("owlvit", "OwlViTVisionConfig", VIT),
+    "Owlv2VisionModel": ("owlv2", "Owlv2VisionConfig", VIT),
+    "PixioModel": ("pixio", "PixioConfig", VIT),
+    "Sapiens2Model": ("sapiens2", "Sapiens2Config", {**VIT, **GROUPED, "use_qk_norm": True}),
+    "SmolVLMVisionTransformer": ("smolvlm", "SmolVLMVisionConfig", VIT),
+    "Tipsv2VisionModel": ("tipsv2", "Tipsv2VisionConfig", VIT),
+    "VivitModel": ("vivit", "VivitConfig", {**VIT, "num_frames": 4, "tubelet_size": [2, 7, 7]}),
+}
+STAGED = sv.ETPS(keep=0.5, at=(2, 4))
+REDUCERS = {
+    "etps": STAGED,
+    "etps-mass": sv.ETPS(keep=0.5, at=(2, 4), mass=True),
+    "dtps": sv.DTPS(keep=0.5, at=(2, 4)),
+    "tome": sv.ToMe(r=6),
+    "topk": sv.TopK(keep=0.5, at=(2, 4)),
+}
+
+
+def tower(name: str) -> Any:
+    package, config_class, options = TOWERS_IN_ROWS[name]
+    module = getattr(transformers.models, package)
+    config = getattr(getattr(module, f"configuration_{package}"), config_class)(**options)
+    config._attn_implementation = "eager" if package == "git" else "sdpa"
+    return zoo.randomize(getattr(getattr(module, f"modeling_{package}"), name)(config)).eval()
+
+
+def tokens(model: nn.Module, x: Tensor) -> Tensor:
+    about = description_of(model)
+    with torch.no_grad():
+        return (about.tower or model)(*about.given(x), **about.named(x)).last_hidden_state
+
+
+def test_every_row_is_tried():
+    """The rest are kinds of the zoo."""
+    named = {type(m).__name__ for name in TOWERS_IN_ROWS for m in tower(name).modules()} | {*TOWERS_IN_ROWS}
+    zoos = {type(m).__name__ for kind in zoo.KINDS if kind.startswith("hf-") for m in zoo.build(kind).modules()}
+    assert set(TOWERS) <= named | zoos
+    assert set(BACKBONES) == {*DENSE}
+
+
+@pytest.mark.parametrize("name", list(TOWERS_IN_ROWS))
+def test_a_tower_in_a_row(name):
+    model = tower(name)
+    about = description_of(model)
+    x = images_of(model, 2)
+    dense = tokens(model, x)
+    patches = dense.shape[1] - about.prefix
+    assert torch.equal(tokens(sv.reduce_(model, sv.ETPS(keep=1.0)), x), dense)
+    for reducer in REDUCERS.values():
+        zoo.reduce(sv.restore_(model), reducer)
+        with sv.trace(model) as t:
+            plain = tokens(model, x)
+        assert t.stages[0].n == patches and plain.shape[1] == about.prefix + t.stages[-1].n_out < dense.shape[1]
+        full = sv.reduce_(copy.deepcopy(model), reducer, grid=True)
+        expected = torch.cat([plain[:, : about.prefix], t.scatter_back(plain[:, about.prefix :])], dim=1)
+        torch.testing.assert_close(tokens(full, x), expected, **CLOSE)
+        assert sv.macs(model) < sv.macs(sv.restore_(copy.deepcopy(model)))
+    assert torch.equal(tokens(sv.restore_(model), x), dense)
+
+
+# Backbones, which put out what left some of their blocks as images
+
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "Dinov2Backbone": ("Dinov2Config", {}),
+    "Dinov2WithRegistersBackbone": ("Dinov2WithRegistersConfig", {"num_register_tokens": 3}),
+    "DINOv3ViTBackbone": ("DINOv3ViTConfig", {"num_register_tokens": 3}),
+    "PixioBackbone": ("PixioConfig", {}),
+    "Sapiens2Backbone": ("Sapiens2Config", GROUPED),
+    "Tipsv2VisionBackbone": ("Tipsv2VisionConfig", {}),
+}
+BLOCKS = [2, 3, 6]  # maps that are read, by how many blocks they left
+
+
+def backbone(name: str, **options: Any) -> Any:
+    config_class, own = DENSE[name]
+    config = getattr(transformers, config_class)(**VIT, **own, out_indices=BLOCKS, **options)
+    return zoo.randomize(getattr(transformers, name)(config)).eval()
+
+
+def timm_backbone(**options: Any) -> nn.Module:
+    sizes = {"img_size": 56, "patch_size": 7, "embed_dim": 48, "depth": DEPTH, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes, features_only=True, out_indices=[b - 1 for b in BLOCKS], **options)
+    return zoo.randomize(model).eval()
+
+
+def wrapped_backbone() -> Any:
+    """transformers' class around timm's."""
+    config = transformers.TimmBackboneConfig(backbone="vit_tiny_patch16_224", out_indices=[1, 2, 5], features_only=True)
+    return zoo.randomize(transformers.TimmBackbone(config, img_size=56, patch_size=7, depth=DEPTH)).eval()
+
+
+def maps(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        out = model(x)
+    return list(getattr(out, "feature_maps", out))
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    **{name: lambda name=name: backbone(name) for name in DENSE},
+    "timm": timm_backbone,
+    "TimmBackbone": wrapped_backbone,
+}
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_maps_of_a_backbone(name):
+    """Before the first stage bit for bit the unreduced ones; later exactly as many different tokens as are left, where traced."""
+    model, x = BUILDERS[name](), torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    sv.macs(model)  # which runs the model without values and without hooks, and must leave those of its library
+    dense = maps(model, x)
+    with pytest.raises(UnsupportedError, match=r"as images, which reduced tokens do not fill; give grid=True"):
+        sv.reduce_(model, STAGED)
+    off = maps(sv.reduce_(model, sv.ETPS(keep=1.0), grid=True), x)
+    assert all(torch.equal(a, b) for a, b in zip(off, dense, strict=True))
+    zoo.reduce(sv.restore_(model), sv.Identity())
+    for reducer, counts in ((STAGED, [64, 32, 16]), (sv.ToMe(r=6), [52, 46, 28]), (sv.DTPS(keep=0.5, at=(2, 4)), [64, 32, 16])):
+        sv.reduce_(model, reducer, grid=True)
+        with sv.trace(model) as t:
+            found = maps(model, x)
+        assert [f.shape for f in found] == [d.shape for d in dense]
+        for out, full, count, block in zip(found, dense, counts, BLOCKS, strict=True):
+            places = out.flatten(2).transpose(1, 2)  # (B, N0, C)
+            assert [len(p.unique(dim=0)) for p in places] == [count, count]
+            done = sum(s.block < block for s in t.stages)
+            if not done:
+                assert torch.equal(out, full)
+                continue
+            groups = t.groups_after(done - 1)
+            first = torch.stack([torch.stack([(g == i).int().argmax() for i in range(count)]) for g in groups])  # of each group
+            expected = places.gather(1, first.gather(1, groups)[..., None].expand_as(places))
+            assert torch.equal(places, expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dinov3", "open_clip-tower"])
+def test_intermediates_in_every_form(kind):
+    """NCHW and NLC, with prefix tokens, alone or beside the final features: what `NLC` gives without the grid, scattered back."""
+    case = zoo.build(kind)
+    x, reducer = zoo.images(), sv.ETPS(keep=0.6, at=(1, 2))
+    plain = sv.reduce_(copy.deepcopy(case), reducer)
+    sv.reduce_(case, reducer, grid=True)
+    extra = "output_extra_tokens" if kind.startswith("open") else "return_prefix_tokens"
+
+    def intermediates(model: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            out = model.forward_intermediates(x, indices=[0, 1, 3], **options)
+        return out["image_intermediates"] if isinstance(out, dict) else out
+
+    with sv.trace(plain) as t:
+        few = intermediates(plain, output_fmt="NLC", intermediates_only=True)
+    expected = [few[0], t.scatter_back(few[1], stage=0), t.scatter_back(few[2])]
+    side = zoo.SIZE // zoo.PATCH
+    for fmt in ("NLC", "NCHW"):
+        found = intermediates(case, output_fmt=fmt, intermediates_only=True)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.flatten(2).transpose(1, 2) if fmt == "NCHW" else a, b, **CLOSE)
+            assert fmt == "NLC" or a.shape[2:] == (side, side)
+    if not kind.startswith("open"):
+        pairs = intermediates(case, intermediates_only=True, **{extra: True})
+        final, both = intermediates(case)
+        assert [p.shape[1] for _, p in pairs] == [zoo.prefix(case)] * 3 and len(both) == 3
+        with torch.no_grad():
+            torch.testing.assert_close(final, case.forward_features(x), **CLOSE)
+            assert final.shape[1] == zoo.prefix(case) + zoo.PATCHES
+    if kind == "plain":
+        named = case.forward_intermediates(x, indices=1, output_dict=True)
+        assert named["image_features"].shape == final.shape and len(named["image_intermediates"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["average-pool", "attention-pool", "hf-dinov2"])
+@pytest.mark.parametrize("reducer", [sv.TopK(keep=0.5, at=(1, 2)), sv.EViT(keep=0.5, at=(1, 2))], ids=["topk", "evit"])
+def test_what_was_discarded_does_not_count_in_pooling(kind, reducer):
+    """Patches without a token hold zeros on the full grid; the mean is of those that have one."""
+    x, case = zoo.images(), zoo.KINDS[kind]
+    model = sv.reduce_(zoo.build(kind), reducer, grid=True)
+    twin = sv.reduce_(zoo.build(kind), reducer)
+    with torch.no_grad(), sv.trace(twin) as t:
+        plain = case.call(twin, x)
+        found = case.call(model, x)
+    if isinstance(reducer, sv.TopK):
+        torch.testing.assert_close(found, plain, **CLOSE)  # each kept token has one patch
+    else:
+        assert all(s.hosts is not None for s in t.stages) and not torch.allclose(found, plain)  # by sizes
+
+
+# Models around towers and backbones
+
+
+def dense_head(name: str, **options: Any) -> Any:
+    model_class = getattr(transformers, name)
+    inside = transformers.Dinov2Config(**VIT, out_indices=[1, 2, 4, 6], reshape_hidden_states=name.startswith("UperNet"))
+    sizes = {"backbone_config": inside, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, **options}
+    return model_class(model_class.config_class(**sizes))
+
+
+RESIZE = {"reassemble_factors": [4, 2, 1, 0.5]}
+ANYTHING = {"patch_size": 7, "reassemble_hidden_size": 48, "head_hidden_size": 8}
+TWO = {"vision_config": VIT, "text_config": TEXT, "projection_dim": 32}
+HEADS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {  # and what else they are called with
+    "DepthAnything": (lambda: dense_head("DepthAnythingForDepthEstimation", **ANYTHING), {}),
+    "PromptDepthAnything": (
+        lambda: dense_head("PromptDepthAnythingForDepthEstimation", **ANYTHING),
+        {"prompt_depth": torch.rand(2, 1, 8, 8)},
+    ),
+    "DPT": (lambda: dense_head("DPTForDepthEstimation", **RESIZE), {}),
+    "ZoeDepth": (
+        lambda: dense_head(
+            "ZoeDepthForDepthEstimation", **RESIZE, bottleneck_features=8, bin_embedding_dim=8, num_attractors=[4, 2, 2, 1]
+        ),
+        {},
+    ),
+    "UperNet": (
+        lambda: dense_head(
+            "UperNetForSemanticSegmentation",
+            hidden_size=16,
+            num_labels=5,
+            auxiliary_in_channels=48,
+            auxiliary_channels=8,
+            pool_scales=[1, 2],
+        ),
+        {},
+    ),
+    "OwlViT": (
+        lambda: transformers.OwlViTForObjectDetection(transformers.OwlViTConfig(**TWO)),
+        {"input_ids": torch.ones(4, 5, dtype=torch.long)},
+    ),
+    "CLIPSeg": (
+        lambda: transformers.CLIPSegForImageSegmentation(
+            transformers.CLIPSegConfig(**TWO | {"projection_dim": 48}, extract_layers=[1, 2, 4], reduce_dim=16)
+        ),
+        {"input_ids": torch.ones(2, 5, dtype=torch.long)},
+    ),
+    "masked-image": (lambda: transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**VIT, encoder_stride=7)), {}),
+}
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_a_dense_head_needs_the_grid(name):
+    build, beside = HEADS[name]
+    model = zoo.randomize(build()).eval()
+    x = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            out = model(pixel_values=x, **beside)
+        return next(v for v in out.values() if isinstance(v, Tensor))
+
+    dense = run()
+    with pytest.raises(UnsupportedError, match=r"(lays tokens out|is not known to take fewer).*sv.reduce_\(model, .*grid=True\)"):
+        sv.reduce_(model, STAGED)
+    sv.reduce_(model, sv.ETPS(keep=1.0), grid=True)
+    assert torch.equal(run(), dense)
+    sv.reduce_(model, STAGED, grid=True)
+    with sv.trace(model) as t:
+        found = run()
+    assert found.shape == dense.shape and [s.n_out for s in t.stages] == [32, 16]
+    assert 1e-4 < (found - dense).abs().max() / dense.abs().max() < 2
+    assert sv.macs(model) < sv.macs(sv.restore_(copy.deepcopy(model)))
+
+
+def vlm(name: str, config_name: str, vision: Any, text: Any, **options: Any) -> Any:
+    config = getattr(transformers, config_name)(vision_config=vision, text_config=text, **options)
+    return zoo.randomize(getattr(transformers, name)(config)).eval()
+
+
+CLIP, SIGLIP = transformers.CLIPVisionConfig(**VIT), transformers.SiglipVisionConfig(**VIT, vision_use_head=False)
+LLAMA = transformers.LlamaConfig(**LANGUAGE)
+TILES = [[56, 112], [112, 56], [112, 112]]
+ONE = {"pixel_values": torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(3))}
+FIVE = {"pixel_values": torch.randn(1, 5, 3, 56, 56), "image_sizes": torch.tensor([[112, 112]])}
+COUNTING: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
+    "Gemma3": (
+        lambda: vlm(
+            "Gemma3ForConditionalGeneration", "Gemma3Config", SIGLIP.to_dict(),
+            transformers.Gemma3TextConfig(**LANGUAGE, head_dim=8), mm_tokens_per_image=16,
+        ),
+        ONE,
+    ),
+    "AyaVision": (
+        lambda: vlm(
+            "AyaVisionForConditionalGeneration", "AyaVisionConfig", SIGLIP, transformers.Cohere2Config(**LANGUAGE),
+            downsample_factor=2,
+        ),
+        ONE,
+    ),
+    "LlavaNext": (
+        lambda: vlm("LlavaNextForConditionalGeneration", "LlavaNextConfig", CLIP, LLAMA, image_grid_pinpoints=TILES),
+        FIVE,
+    ),
+    "LlavaOnevision": (
+        lambda: vlm(
+            "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionConfig", SIGLIP, transformers.Qwen2Config(**LANGUAGE),
+            image_grid_pinpoints=TILES,
+        ),
+        FIVE,
+    ),
+    "VipLlava": (
+        lambda: vlm("VipLlavaForConditionalGeneration", "VipLlavaConfig", CLIP, LLAMA, vision_feature_layers=[-2, -3, -4]),
+        ONE,
+    ),
+    "Llava of several layers": (
+        lambda: vlm("LlavaForConditionalGeneration", "LlavaConfig", CLIP, LLAMA, vision_feature_layer=[-2, -4]),
+        ONE,
+    ),
+    "InternVL": (
+        lambda: vlm(
+            "InternVLForConditionalGeneration", "InternVLConfig",
+            {**VIT, "image_size": [56, 56], "patch_size": [7, 7]}, transformers.Qwen2Config(**LANGUAGE), downsample_ratio=0.5,
+        ),
+        ONE,
+    ),
+    "SmolVLM": (
+        lambda: vlm("SmolVLMForConditionalGeneration", "SmolVLMConfig", VIT, LLAMA, scale_factor=2),
+        {"pixel_values": ONE["pixel_values"][:, None]},
+    ),
+    "Idefics3": (
+        lambda: vlm("Idefics3ForConditionalGeneration", "Idefics3Config", VIT, LLAMA, scale_factor=2),
+        {"pixel_values": ONE["pixel_values"][:, None]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(COUNTING))
+def test_a_host_that_counts_tokens_needs_the_grid(name):
+    """Also where its tower alone was reduced: it is told when the host calls it, before anything is wrong."""
+    build, inputs = COUNTING[name]
+    model = build()
+
+    def features() -> Tensor:
+        with torch.no_grad():
+            out = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+        return torch.cat([v.flatten(0, -2) for v in ([out] if isinstance(out, Tensor) else out)])
+
+    dense = features()
+    with pytest.raises(UnsupportedError, match=r"is not known to take fewer tokens .* give grid=True"):
+        sv.reduce_(model, STAGED)
+    sv.reduce_(model, sv.ETPS(keep=1.0), grid=True)
+    assert torch.equal(features(), dense)
+    sv.reduce_(model, STAGED, grid=True)
+    found = features()
+    assert found.shape == dense.shape and 1e-4 < (found - dense).abs().max() / dense.abs().max() < 2
+    inside = description_of(sv.restore_(model)).tower
+    sv.reduce_(inside, STAGED)
+    with pytest.raises(UnsupportedError, match=r"was reduced alone, and is called by .*; reduce it with grid=True"):
+        features()
+    sv.reduce_(inside, STAGED, grid=True)
+    torch.testing.assert_close(features(), found, **CLOSE)
+
+
+def test_every_tower_of_a_model_with_several():
+    """DepthPro takes the largest square number of the last tokens for an image, however many there are."""
+    options = {**VIT, "num_hidden_layers": 4}
+    encoders = {f"{what}_model_config": transformers.Dinov2Config(**options) for what in ("image", "patch", "fov")}
+    config = transformers.DepthProConfig(
+        **encoders, fusion_hidden_size=16, patch_size=56, intermediate_hook_ids=[3, 1], intermediate_feature_dims=[8, 8],
+        scaled_images_ratios=[0.5, 1.0], scaled_images_overlap_ratios=[0.0, 0.2], scaled_images_feature_dims=[8, 8],
+        use_fov_model=False,
+    )  # fmt: skip
+    model, x = zoo.randomize(transformers.DepthProForDepthEstimation(config)).eval(), torch.randn(1, 3, 112, 112)
+    with pytest.raises(UnsupportedError) as caught:
+        sv.reduce_(model, STAGED)
+    remedy = str(caught.value).split("a reducer goes into one: ")[1].split(", which")[0]
+    assert remedy == "sv.reduce_(model.depth_pro.encoder.patch_encoder.model, sv.ETPS(), grid=True)"
+    inside = model.depth_pro.encoder.patch_encoder.model
+    with torch.no_grad():
+        dense = model(pixel_values=x).predicted_depth
+        sv.reduce_(inside, sv.ETPS(keep=0.5, at=(1,)))
+        with pytest.raises(UnsupportedError, match=r"Dinov2Model was reduced alone, and is called by DepthProModel"):
+            model(pixel_values=x)
+        eval(remedy)
+        found = model(pixel_values=x).predicted_depth
+    assert found.shape == dense.shape and not torch.equal(found, dense)
+
+
+def test_a_mask_that_hides_nothing_is_no_mask():
+    """ModernVBert hands one to its tower; one that hides something is refused."""
+    config = transformers.ModernVBertConfig(
+        vision_config=SIGLIP,
+        text_config=transformers.ModernBertConfig(**TEXT, pad_token_id=0),
+        image_token_id=40,
+        pixel_shuffle_factor=2,
+    )
+    model = zoo.randomize(transformers.ModernVBertModel(config)).eval()
+    x = torch.randn(1, 1, 3, 56, 56)
+
+    def features() -> Tensor:
+        with torch.no_grad():
+            return model.get_image_features(x, return_dict=True).pooler_output[0]
+
+    dense = features()
+    sv.reduce_(model, sv.ETPS(keep=1.0), grid=True)
+    torch.testing.assert_close(features(), dense, **CLOSE)
+    sv.reduce_(model, STAGED, grid=True)
+    assert features().shape == dense.shape
+    tower_alone = sv.reduce_(zoo.build("hf-siglip2"), sv.ETPS(keep=0.5))
+    about = description_of(tower_alone)
+    patches, _, shapes = about.given(zoo.images())
+    seen = torch.ones(3, zoo.PATCHES, dtype=torch.long)
+    with torch.no_grad():
+        tower_alone(patches, seen, shapes)
+        seen[1, -9:] = 0
+        with pytest.raises(UnsupportedError, match="was called with a mask"):
+            tower_alone(patches, seen, shapes)
+
+
+def test_timm_inside_transformers():
+    """What AutoModelForImageClassification makes of a timm checkpoint."""
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", num_labels=10, model_args={"img_size": 56, "patch_size": 7, "depth": DEPTH}
+    )
+    model = zoo.randomize(transformers.TimmWrapperForImageClassification(config)).eval()
+    x, alone = ONE["pixel_values"], copy.deepcopy(model.timm_model)
+    for reducer in (sv.ETPS(keep=1.0), STAGED, sv.DTPS(keep=0.5), sv.ETPS(keep=0.5, mass=True)):
+        zoo.reduce(model, reducer)
+        zoo.reduce(alone, reducer)
+        with torch.no_grad(), sv.trace(model) as t:
+            logits = model(x).logits
+            assert torch.equal(logits, alone(x))
+        assert len(t.stages) == len(reducer.stages(DEPTH))
+    assert sv.macs(model) == sv.macs(alone)
+
+
+def test_the_grid_is_saved_with_the_reducer(tmp_path):
+    model = sv.reduce_(backbone("Dinov2Backbone"), STAGED, grid=True)
+    x = ONE["pixel_values"]
+    model.save_pretrained(tmp_path)
+    assert not hasattr(model.config, "squeezevit") and not hasattr(model.config, "squeezevit_grid")
+    again = sv.from_pretrained(transformers.Dinov2Backbone, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(maps(again, x), maps(model, x), strict=True))
+    assert not hasattr(again.config, "squeezevit_grid")
+
+
+def test_budgets_of_a_model_that_needs_the_grid():
+    model = backbone("Dinov2Backbone")
+    dense, reducer = sv.macs(model), sv.plan(model, sv.ETPS(), macs=0.6)
+    assert sv.macs(sv.reduce_(model, reducer, grid=True)) / dense == pytest.approx(0.6, abs=0.05)
+    speeds = measure(model, [reducer], batch_size=1, rounds=1, limits=False)
+    assert [s.reducer for s in speeds] == [repr(reducer)] and speeds[0].speedup > 0
