@@ -81,8 +81,9 @@ CURVES = {  # the share of tokens left on the way down, and the way of a share
 }
 
 
-@pytest.mark.parametrize("curve", CURVES)
-@pytest.mark.parametrize(("share", "size"), [(0.65, 224), (0.4, 224), (0.8, 112)])
+@pytest.mark.parametrize(
+    ("curve", "share", "size"), [*((curve, 0.4, 224) for curve in CURVES), ("lorentzian", 0.65, 224), ("linear", 0.8, 112)]
+)
 def test_tokens_fall_along_a_curve_over_all_blocks(curve, share, size):
     """To the token, also where there are 49: rounding up at one block does not move the next."""
     model = timm.create_model("deit_tiny_patch16_224", img_size=size).eval()

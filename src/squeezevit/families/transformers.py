@@ -228,9 +228,10 @@ def _refuse_callers_that_need_the_grid(tower: PreTrainedModel, reducer: Reducer)
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("transformers.models."):
             runs = frame.f_locals.get("self")
-            if isinstance(runs, PreTrainedModel) and runs is not tower and (reason := _needs_grid(runs, tower)):
+            counts = isinstance(runs, PreTrainedModel) and _needs_grid(runs, tower)
+            if counts and any(part is tower for part in runs.modules()):
                 raise UnsupportedError(
-                    f"{type(tower).__name__} was reduced alone, and is called by {type(runs).__name__}, which {reason}; reduce "
+                    f"{type(tower).__name__} was reduced alone, and is called by {type(runs).__name__}, which {counts}; reduce "
                     f"it with grid=True, and every patch gets the token that it ended in: sv.reduce_(tower, {reducer}, grid=True)"
                 )
         frame = frame.f_back
