@@ -377,7 +377,10 @@ def test_a_name_that_is_taken():
 def test_attention_masks_are_refused(name):
     model = zoo.reduce(zoo.build("plain"), zoo.REDUCERS[name])
     n, x = zoo.PATCHES + 1, zoo.images(1)
-    for options in ({"attn_mask": torch.zeros(1, 1, n, n)}, {"is_causal": True}):
+    hides = torch.zeros(1, 1, n, n)
+    torch.testing.assert_close(zoo.run(lambda x: model(x, attn_mask=hides), x), zoo.run(model, x))  # nothing yet
+    hides[..., -1] = -1e4
+    for options in ({"attn_mask": hides}, {"is_causal": True}):
         refused(
             UnsupportedError,
             lambda options=options: model(x, **options),

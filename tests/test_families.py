@@ -668,15 +668,18 @@ REFUSED = {
     "hf-swin": (hf_swin, ["SwinModel", "windows of the grid"]),
     "hf-mae-decoder": (
         partial(hugging_face, "ViTMAEForPreTraining"),
-        ["ViTMAEForPreTraining", "lays its tokens out as a grid", "scatter_back"],
+        ["ViTMAEForPreTraining", "is not known to take fewer tokens", "give grid=True"],
     ),
     "hf-masked-image": (
         partial(hugging_face, "ViTForMaskedImageModeling"),
-        ["ViTForMaskedImageModeling", "grid", "load its weights as ViTModel"],
+        ["ViTForMaskedImageModeling", "is not known to take fewer tokens", "give grid=True"],
     ),
-    "hf-backbone": (partial(hugging_face, "Dinov2Backbone"), ["Dinov2Backbone", "grid", "load its weights as Dinov2Model"]),
+    "hf-backbone": (partial(hugging_face, "Dinov2Backbone"), ["Dinov2Backbone", "lays tokens out as images", "give grid=True"]),
     "hf-text": (clip_text, ["CLIPTextModel has 0 vision towers", "register squeezevit.extend.describe"]),
-    "hf-two-towers": (two_towers, ["SiglipVisionModel has 2 vision towers", "give one of them to sv.reduce_, as model.other"]),
+    "hf-two-towers": (
+        two_towers,
+        ["SiglipVisionModel has 2 vision towers", "goes into one: sv.reduce_(model.other, sv.ETPS(), grid=True)"],
+    ),
     "timm-beit": (timm_beit, ["Beit", "relative-position bias", ABSOLUTE]),
     "timm-swin": (timm_swin, ["SwinTransformer", "windows of the grid"]),
     "timm-parallel": (parallel_blocks, ["block 1", "ParallelScalingBlock", "register attn_half, mlp_half and attention"]),

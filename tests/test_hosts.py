@@ -1,6 +1,7 @@
 """Towers that are a row in a table, dense backbones, and what is around them: equality, counts, the full grid or a refusal."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import zoo
 from squeezevit.bench.run import measure
 from squeezevit.core.cut import description_of
 from squeezevit.core.running import images as images_of
-from squeezevit.core.supported import BACKBONES, TOWERS
+from squeezevit.core.supported import ANY_COUNT, BACKBONES, TOWERS
 from squeezevit.errors import UnsupportedError
 
 DEPTH, SIDE = 6, 8  # blocks, and patches a side
@@ -27,17 +28,23 @@ GROUPED = {"num_key_value_heads_per_layer": [4, 4, 2, 2, 2, 4], "num_register_to
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 TOWERS_IN_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {  # in which module of transformers.models, its configuration, options
+    "Aimv2VisionModel": ("aimv2", "Aimv2VisionConfig", VIT),
     "AltCLIPVisionModel": ("altclip", "AltCLIPVisionConfig", VIT),
     "ASTModel": (
         "audio_spectrogram_transformer",
         "ASTConfig",
         {**VIT, "patch_size": 8, "frequency_stride": 4, "time_stride": 4, "max_length": 64, "num_mel_bins": 16},
     ),
+    "BlipVisionModel": ("blip", "BlipVisionConfig", VIT),
+    "Blip2VisionModel": ("blip_2", "Blip2VisionConfig", VIT),
     "ChineseCLIPVisionModel": ("chinese_clip", "ChineseCLIPVisionConfig", VIT),
     "CLIPSegVisionModel": ("clipseg", "CLIPSegVisionConfig", VIT),
+    "DPTModel": ("dpt", "DPTConfig", {**VIT, "is_hybrid": False, "backbone_out_indices": [0, 1, 2, 3]}),
     "GitVisionModel": ("git", "GitVisionConfig", VIT),
     "Idefics2VisionTransformer": ("idefics2", "Idefics2VisionConfig", VIT),
     "Idefics3VisionTransformer": ("idefics3", "Idefics3VisionConfig", VIT),
+    "InstructBlipVisionModel": ("instructblip", "InstructBlipVisionConfig", VIT),
+    "InstructBlipVideoVisionModel": ("instructblipvideo", "InstructBlipVideoVisionConfig", VIT),
     "InternVLVisionModel": ("internvl", "InternVLVisionConfig", {**VIT, "use_qk_norm": True, "layer_scale_init_value": 0.5}),
     "JanusVisionModel": ("janus", "JanusVisionConfig", VIT),
     "Kosmos2VisionModel": ("kosmos2", "Kosmos2VisionConfig", VIT),
@@ -48,6 +55,7 @@ TOWERS_IN_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {  # in which modul
     "Sapiens2Model": ("sapiens2", "Sapiens2Config", {**VIT, **GROUPED, "use_qk_norm": True}),
     "SmolVLMVisionTransformer": ("smolvlm", "SmolVLMVisionConfig", VIT),
     "Tipsv2VisionModel": ("tipsv2", "Tipsv2VisionConfig", VIT),
+    "VideoMAEModel": ("videomae", "VideoMAEConfig", {**VIT, "num_frames": 4, "tubelet_size": 2}),
     "VivitModel": ("vivit", "VivitConfig", {**VIT, "num_frames": 4, "tubelet_size": [2, 7, 7]}),
 }
 STAGED = sv.ETPS(keep=0.5, at=(2, 4))
@@ -60,12 +68,37 @@ REDUCERS = {
 }
 
 
+UNMASKED = ("Blip", "Blip2", "InstructBlip", "InstructBlipVideo", "VideoMAE", "DPT")  # whose attention takes no mask
+
+
+def refused(name: str, reducer: Any) -> str:
+    """Why, in a few words; "" where it is not."""
+    if name.removesuffix("Model").removesuffix("Vision") in UNMASKED and (reducer.weighs or reducer.masks):
+        return "takes no mask, .* choose a reducer without masses"
+    return "Aimv2AttentionPoolingHead pools tokens as if" if name.startswith("Aimv2") and reducer.weighs else ""
+
+
 def tower(name: str) -> Any:
     package, config_class, options = TOWERS_IN_ROWS[name]
     module = getattr(transformers.models, package)
     config = getattr(getattr(module, f"configuration_{package}"), config_class)(**options)
-    config._attn_implementation = "eager" if package == "git" else "sdpa"
+    config._attn_implementation = "eager" if package in ("git", "blip", "blip_2", "instructblip", "instructblipvideo") else "sdpa"
     return zoo.randomize(getattr(getattr(module, f"modeling_{package}"), name)(config)).eval()
+
+
+def test_windows_are_found_where_no_mask_is_taken():
+    """A layer whose tokens see their half alone is the same in two halves, and takes no bias that would show it."""
+    model = tower("VideoMAEModel")
+    inside = model.encoder.layer[3].attention.attention
+    whole = type(inside).forward
+
+    def in_windows(x: Tensor) -> tuple[Tensor, None]:
+        half = x.shape[1] // 2
+        return torch.cat([whole(inside, part)[0] for part in (x[:, :half], x[:, half:])], dim=1), None
+
+    inside.forward = in_windows
+    with pytest.raises(UnsupportedError, match=r"block 3, .*VideoMAELayer, cannot be reduced: its attention depends on the order"):
+        sv.reduce_(model, sv.Random(keep=0.5, at=(1,)))
 
 
 def tokens(model: nn.Module, x: Tensor) -> Tensor:
@@ -91,6 +124,10 @@ def test_a_tower_in_a_row(name):
     patches = dense.shape[1] - about.prefix
     assert torch.equal(tokens(sv.reduce_(model, sv.ETPS(keep=1.0)), x), dense)
     for reducer in REDUCERS.values():
+        if reason := refused(name, reducer):
+            with pytest.raises(UnsupportedError, match=reason):
+                sv.reduce_(model, reducer)
+            continue
         zoo.reduce(sv.restore_(model), reducer)
         with sv.trace(model) as t:
             plain = tokens(model, x)
@@ -98,7 +135,8 @@ def test_a_tower_in_a_row(name):
         full = sv.reduce_(copy.deepcopy(model), reducer, grid=True)
         expected = torch.cat([plain[:, : about.prefix], t.scatter_back(plain[:, about.prefix :])], dim=1)
         torch.testing.assert_close(tokens(full, x), expected, **CLOSE)
-        assert sv.macs(model) < sv.macs(sv.restore_(copy.deepcopy(model)))
+    unreduced = sv.macs(sv.restore_(copy.deepcopy(model)))
+    assert sv.macs(model) < unreduced
     assert torch.equal(tokens(sv.restore_(model), x), dense)
 
 
@@ -299,6 +337,60 @@ def test_a_dense_head_needs_the_grid(name):
     assert found.shape == dense.shape and [s.n_out for s in t.stages] == [32, 16]
     assert 1e-4 < (found - dense).abs().max() / dense.abs().max() < 2
     assert sv.macs(model) < sv.macs(sv.restore_(copy.deepcopy(model)))
+
+
+BY_TWO = {"vision_config": VIT, "text_config": {**TEXT, "pad_token_id": 0}, "projection_dim": 32}
+AROUND: dict[str, dict[str, Any]] = {  # configurations of what takes any number of tokens; of the others that of a classifier
+    **{name: BY_TWO for name in ("CLIPModel", "SiglipModel", "Siglip2Model", "MetaClip2Model", "AltCLIPModel", "ChineseCLIPModel")},
+    **{name: BY_TWO for name in ("CLIPSegModel", "OwlViTModel", "Owlv2Model", "BlipForConditionalGeneration")},
+    **{f"{name}ForImageClassification": {"vision_config": VIT} for name in ("CLIP", "Siglip", "MetaClip2")},
+    "Blip2ForConditionalGeneration": {
+        "vision_config": VIT,
+        "qformer_config": {**TEXT, "encoder_hidden_size": 48},
+        "text_config": transformers.OPTConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, vocab_size=50
+        ),
+        "image_token_index": 40,
+    },
+    "ASTForAudioClassification": TOWERS_IN_ROWS["ASTModel"][2],
+    "VideoMAEForVideoClassification": TOWERS_IN_ROWS["VideoMAEModel"][2],
+    "VivitForVideoClassification": TOWERS_IN_ROWS["VivitModel"][2],
+}
+ELSEWHERE = ("Llava", "PaliGemma", "VisionTextDualEncoder", "Kosmos2Vision", "GitVision")  # tried as others, or by what is in them
+
+
+@pytest.mark.parametrize("name", [name for name in ANY_COUNT if not name.startswith(ELSEWHERE)])
+def test_what_takes_any_number_of_tokens(name):
+    """Its output has the shape that it has unreduced."""
+    model_class = getattr(transformers, name)
+    options = dict(AROUND.get(name, VIT))
+    if name.startswith("Siglip"):
+        options["text_config"] = {**options.get("text_config", {}), "projection_size": 48}
+    if name.startswith("Siglip2"):
+        sides = {key: value for key, value in VIT.items() if key != "image_size"} | {"num_patches": 64}
+        options = {**options, "vision_config": sides}
+    model = zoo.randomize(model_class(model_class.config_class(**options))).eval()
+    about, parameters = description_of(model), inspect.signature(model.forward).parameters
+    x = torch.randn(2, about.channels, *about.image_size, generator=torch.Generator().manual_seed(0))
+    images = dict(zip([p for p in parameters if p.startswith(("pixel_v", "input_v"))], about.given(x), strict=False))
+    if name.startswith("Siglip2"):
+        images |= {"pixel_attention_mask": torch.ones(2, 64, dtype=torch.long), "spatial_shapes": torch.tensor([[8, 8]] * 2)}
+    words = torch.tensor([[3, 4, 5, 49]] * 2)
+    if name.startswith("Blip2"):
+        words = torch.tensor([[40] * model.config.num_query_tokens + [3, 4]] * 2)
+    images |= {"input_ids": words} if "input_ids" in parameters else {}
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            out = model(**images)
+        return next(out[key] for key in ("logits", "logits_per_image", "image_embeds", "pooler_output") if out.get(key) is not None)
+
+    dense = run()
+    sv.reduce_(model, STAGED)
+    with sv.trace(model) as t:
+        found = run()
+    assert [s.n_out for s in t.stages][-1] < t.stages[0].n / 3
+    assert found.shape == dense.shape and not torch.equal(found, dense)
 
 
 def vlm(name: str, config_name: str, vision: Any, text: Any, **options: Any) -> Any:

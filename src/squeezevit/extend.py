@@ -41,6 +41,7 @@ from squeezevit.core import ops
 from squeezevit.core.block import Mixin
 from squeezevit.core.cut import (
     Description,
+    TakesNoMask,
     arguments,
     attention,
     attn_half,
@@ -67,6 +68,7 @@ __all__ = [
     "Reduction",
     "Stage",
     "Staged",
+    "TakesNoMask",
     "arguments",
     "attention",
     "attn_half",

@@ -115,7 +115,8 @@ def _proofs(about: Description, reducer: Reducer, stages: tuple[int, ...]) -> di
     depth, proofs = len(about.blocks), {}
     for i in range(stages[0] if stages else depth, depth):
         scored = reducer.scored and i in stages
-        proofs[i] = prove(about.blocks[i], i, about.prefix, about.dim, scored, scored and reducer.place == "between")
+        records, biased = scored and reducer.place == "between", reducer.weighs or reducer.masks
+        proofs[i] = prove(about.blocks[i], i, about.prefix, about.dim, scored, records, biased)
     return proofs
 
 

@@ -242,7 +242,9 @@ def _require_proof(block: ReducedBlock, x: Tensor) -> None:
             "compiling"
         )
     dim = x.shape[-1]
-    site.fingerprint = prove(cast(nn.Module, block), site.block, site.state.prefix, dim, site.scored).fingerprint
+    reducer = site.state.reducer
+    biased = reducer.weighs or reducer.masks
+    site.fingerprint = prove(cast(nn.Module, block), site.block, site.state.prefix, dim, site.scored, biased=biased).fingerprint
 
 
 def _as_bias(carry: Carry, x: Tensor) -> Tensor | None:

@@ -56,6 +56,19 @@ class Description:
         return {} if self.options is None else self.options(images)
 
 
+class TakesNoMask(UnsupportedError):
+    """What a family's `attn_half` raises when it is given a bias, for blocks whose attention takes none.
+
+    They are reduced all the same by reducers that need none: without masses, and without masked training.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "its attention takes no mask, by which a token would count for several, or a dropped one for none; choose a reducer "
+            "without masses, as sv.ETPS(), and train learned heads by train='topk'"
+        )
+
+
 def _unsupported(block: nn.Module, what: str) -> NoReturn:
     name = f"{type(block).__module__}.{type(block).__qualname__}"
     raise UnsupportedError(f"{name} is not a block that SqueezeViT knows how to cut ({what}); {RECIPE}")
@@ -63,7 +76,7 @@ def _unsupported(block: nn.Module, what: str) -> NoReturn:
 
 @singledispatch
 def attn_half(block: nn.Module, x: Tensor, bias: Tensor | None = None, **per_token: Any) -> Tensor:
-    """Attention with its residual: [B, T, C] -> [B, T, C]; `bias` is added to the attention logits.
+    """Attention with its residual: [B, T, C] -> [B, T, C]; `bias` is added to the attention logits, or raises TakesNoMask.
 
     per_token: those of `arguments` that have a row per patch token, for the tokens that are there: [B, 1, N, D].
     """

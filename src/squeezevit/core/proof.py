@@ -1,7 +1,8 @@
 """The proof: a block is run whole and in halves on random tokens, and refused where they differ.
 
-What is proved: the halves add up to the block; a bias of log 2 counts a token as often as the same token twice; and, for reducers
-that score by attention, the scores are those of the attention that the block really computes, head by head.
+What is proved: the halves add up to the block; a bias of log 2 counts a token as often as the same token twice, or, where attention
+takes none, tokens may come in any order; and, for reducers that score by attention, the scores are those of the attention that the
+block really computes, head by head.
 """
 
 import logging
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from squeezevit.core import ops
-from squeezevit.core.cut import RECIPE, Cut, base_class, cut, knows
+from squeezevit.core.cut import RECIPE, Cut, TakesNoMask, base_class, cut, knows
 from squeezevit.core.evidence import Attention, Recording, forget_
 from squeezevit.core.running import evaluation_mode, without_hooks
 from squeezevit.errors import UnsupportedError
@@ -54,11 +55,13 @@ def has_rows(value: Any) -> bool:
     return any(map(has_rows, value)) if isinstance(value, tuple | list) else isinstance(value, Tensor) and value.dim() > 0
 
 
-def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool = False, records: bool = False) -> Proved:
+def prove(
+    block: nn.Module, index: int, prefix: int, dim: int, scored: bool = False, records: bool = False, biased: bool = True
+) -> Proved:
     """Prove block number `index`, which gets `prefix` tokens and patches of `dim` channels.
 
-    scored: its attention's rows, too; records: find out whether a stage may record them. Raises UnsupportedError where it cannot be
-    reduced, naming its class and why.
+    scored: its attention's rows, too; records: find out whether a stage may record them; biased: its attention is given a bias.
+    Raises UnsupportedError where it cannot be reduced, naming its class and why.
     """
     base = base_class(block)
     kind = f"{base.__module__}.{base.__qualname__}"
@@ -81,7 +84,12 @@ def prove(block: nn.Module, index: int, prefix: int, dim: int, scored: bool = Fa
             return Proved(handlers, tuple(trial.rows), False, handlers.fingerprint(block))
         with evaluation_mode(block), without_hooks(block), ops.no_autocast(trial.x):
             _prove_halves(trial)
-            _prove_bias(trial)
+            try:
+                _prove_bias(trial)
+            except TakesNoMask:
+                if biased:
+                    raise
+                _prove_order(trial)
             if scored:
                 _prove_scores(trial)
             return Proved(handlers, tuple(trial.rows), records and _records_alike(trial), handlers.fingerprint(block))
@@ -92,7 +100,11 @@ def _explained(name: str) -> Iterator[None]:
     """Whatever a library's code fails with on the trial becomes a refusal; a library of another version has other names."""
     try:
         yield
-    except (UnsupportedError, MemoryError, torch.OutOfMemoryError):
+    except UnsupportedError as error:
+        if name.split(",")[0] in str(error):
+            raise
+        raise UnsupportedError(f"{name}, cannot be reduced: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0][:300]
@@ -125,6 +137,15 @@ def _prove_bias(t: _Trial) -> None:
     counted = t.cut.attn_half(t.block, x[:, :-1], bias, **once)
     expected = t.cut.attn_half(t.block, x, **twice)[:, :-1]
     _require_close(t, expected, counted, "its attention does not take an additive bias")
+
+
+def _prove_order(t: _Trial) -> None:
+    """Without a bias: every token sees all others, wherever they lie, as those within windows of a grid do not."""
+    order = (3, 0, 5, 1, 4, 2)
+    place = torch.tensor([*range(t.prefix), *(t.prefix + i for i in order)], device=t.x.device)
+    moved = t.cut.attn_half(t.block, t.x[:, place], **{name: _rows(value, order) for name, value in t.rows.items()})
+    expected = t.cut.attn_half(t.block, t.x, **t.rows)[:, place]
+    _require_close(t, expected, moved, "its attention depends on the order of its tokens")
 
 
 def _rows(value: Any, rows: tuple[int, ...]) -> Any:

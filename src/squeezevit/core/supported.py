@@ -62,13 +62,19 @@ TOWERS = {  # of Hugging Face: prefix tokens without registers
     "CLIPVisionModel": 1,
     "SiglipVisionModel": 0,
     "Siglip2VisionModel": 0,
+    "Aimv2VisionModel": 0,
     "AltCLIPVisionModel": 1,
     "ASTModel": 2,
+    "BlipVisionModel": 1,
+    "Blip2VisionModel": 1,
     "ChineseCLIPVisionModel": 1,
     "CLIPSegVisionModel": 1,
+    "DPTModel": 1,
     "GitVisionTransformer": 1,
     "Idefics2VisionTransformer": 0,
     "Idefics3VisionTransformer": 0,
+    "InstructBlipVisionModel": 1,
+    "InstructBlipVideoVisionModel": 1,
     "InternVLVisionModel": 1,
     "JanusVisionModel": 0,
     "Kosmos2VisionTransformer": 1,
@@ -79,6 +85,7 @@ TOWERS = {  # of Hugging Face: prefix tokens without registers
     "Sapiens2Model": 1,
     "SmolVLMVisionTransformer": 0,
     "Tipsv2VisionModel": 1,
+    "VideoMAEModel": 0,
     "VivitModel": 1,
 }
 BACKBONES = {  # of Hugging Face: what runs the blocks in them, and puts out what left each
@@ -90,9 +97,11 @@ BACKBONES = {  # of Hugging Face: what runs the blocks in them, and puts out wha
     "Tipsv2VisionBackbone": "encoder",
 }
 ANY_COUNT = (  # of Hugging Face: what is around a tower and takes any number of tokens from it
-    *(f"{name}ForImageClassification" for name in ("ViT", "DeiT", "ViTMSN", "IJepa", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT")),
-    *(f"{name}ForImageClassification" for name in ("CLIP", "Siglip", "Siglip2", "MetaClip2")),
-    "DeiTForImageClassificationWithTeacher", "ASTForAudioClassification", "VivitForVideoClassification",
+    *(f"{name}ForImageClassification" for name in ("ViT", "DeiT", "ViTMSN", "IJepa", "Dinov2", "Dinov2WithRegisters")),
+    *(f"{name}ForImageClassification" for name in ("CLIP", "Siglip", "MetaClip2")),
+    "DeiTForImageClassificationWithTeacher", "ASTForAudioClassification",
+    *(f"{name}ForVideoClassification" for name in ("VideoMAE", "Vivit")),
+    *(f"{name}ForConditionalGeneration" for name in ("Blip", "Blip2")),
     *(f"{name}Model" for name in ("CLIP", "Siglip", "Siglip2", "MetaClip2", "AltCLIP", "ChineseCLIP", "CLIPSeg", "OwlViT")),
     *(f"{name}VisionModelWithProjection" for name in ("CLIP", "MetaClip2")),
     *(f"{name}VisionModel" for name in ("OwlViT", "Owlv2", "Kosmos2", "Git")),
@@ -114,7 +123,8 @@ TABLE = (
             "SwinTransformerV2": _WINDOWS,
         },
         "plain, residual-post-norm and post-norm blocks, LayerScale, q/k-norm, gated attention, registers, rotary embeddings "
-        "(axial, mixed, DINOv3's), SwiGLU, `features_only=True` with `grid=True`, all poolings ('prr' without mass); parallel blocks are refused where a stage is",
+        "(axial, mixed, DINOv3's), SwiGLU, `features_only=True` with `grid=True`, "
+        "all poolings ('prr' without mass); parallel blocks are refused where a stage is",
     ),
     Family(
         "transformers",

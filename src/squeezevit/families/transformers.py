@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from squeezevit.core.block import Mixin
 from squeezevit.core.cut import (
     Description,
+    TakesNoMask,
     arguments,
     as_python,
     attention,
@@ -43,14 +44,19 @@ class _Layout(NamedTuple):
     norm2: str
     after_attn: tuple[str, ...] = ()
     after_mlp: tuple[str, ...] = ()
+    mlp: str = "mlp"
+    masked: bool = True  # whether attention takes a mask
+    residual_first: bool = False  # in the sums, whose first operand decides how the result lies in memory, hence its last bits
 
 
 _VIT = _Layout("layernorm_before", "attention", "layernorm_after", ("dropout",), ("dropout",))
 _DINO = _Layout("norm1", "attention", "norm2", ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
-_CLIP = _Layout("layer_norm1", "self_attn", "layer_norm2")
+_CLIP = _Layout("layer_norm1", "self_attn", "layer_norm2", residual_first=True)
 _PIXIO = _VIT._replace(after_attn=("dropout", "drop_path"), after_mlp=("dropout", "drop_path"))
+_AIMV2 = _Layout("rms_norm1", "attention", "rms_norm2", mlp="ffn", residual_first=True)
 _INTERNVL = _VIT._replace(after_attn=("lambda_1",), after_mlp=("dropout", "lambda_2"))
-_LAYERS = {  # by package of transformers.models
+_FUSED = _Layout("layer_norm1", "self_attn", "layer_norm2", masked=False)  # queries, keys and values by one map
+_LAYERS: dict[str, tuple[str, _Layout | None]] = {  # by package of transformers.models; None: as ViT was laid out in transformers 4
     "vit": ("ViTLayer", _VIT),
     "deit": ("DeiTLayer", _VIT),
     "vit_mae": ("ViTMAELayer", _VIT),
@@ -62,13 +68,19 @@ _LAYERS = {  # by package of transformers.models
     "clip": ("CLIPEncoderLayer", _CLIP),
     "siglip": ("SiglipEncoderLayer", _CLIP),
     "siglip2": ("Siglip2EncoderLayer", _CLIP),
+    "aimv2": ("Aimv2EncoderLayer", _AIMV2),
     "altclip": ("AltCLIPEncoderLayer", _CLIP),
     "audio_spectrogram_transformer": ("ASTLayer", _VIT),
+    "blip": ("BlipEncoderLayer", _FUSED),
+    "blip_2": ("Blip2EncoderLayer", _FUSED),
     "chinese_clip": ("ChineseCLIPVisionLayer", _CLIP),
     "clipseg": ("CLIPSegEncoderLayer", _CLIP),
     "git": ("GitVisionEncoderLayer", _CLIP),
+    "dpt": ("DPTViTLayer", None),
     "idefics2": ("Idefics2EncoderLayer", _CLIP),
     "idefics3": ("Idefics3EncoderLayer", _CLIP),
+    "instructblip": ("InstructBlipEncoderLayer", _FUSED),
+    "instructblipvideo": ("InstructBlipVideoEncoderLayer", _FUSED),
     "internvl": ("InternVLVisionLayer", _INTERNVL),
     "janus": ("JanusVisionEncoderLayer", _CLIP),
     "kosmos2": ("Kosmos2VisionEncoderLayer", _CLIP),
@@ -79,6 +91,7 @@ _LAYERS = {  # by package of transformers.models
     "sapiens2": ("Sapiens2Layer", _DINO),
     "smolvlm": ("SmolVLMEncoderLayer", _CLIP),
     "tipsv2": ("Tipsv2VisionLayer", _DINO),
+    "videomae": ("VideoMAELayer", None),
     "vivit": ("VivitLayer", _VIT),
 }
 _AVERAGING = (
@@ -94,22 +107,27 @@ def load() -> None:
         module = sys.modules.get(f"transformers.models.{package}.modeling_{package}")
         layer = getattr(module, name, None)
         if layer is not None and layer not in attn_half.registry:
-            _register(layer, layout)
+            _register(layer, layout) if layout is not None else _register_nested(layer)
 
 
 def _register(layer: type, layout: _Layout) -> None:
-    norm1, attn, norm2, after_attn, after_mlp = layout
+    norm1, attn, norm2, after_attn, after_mlp, mlp = layout[:6]
 
     @attn_half.register(layer)
     def _(block: Any, x: Tensor, bias: Tensor | None = None, **rotary: Any) -> Tensor:
-        if bias is not None:
+        if bias is not None and layout.masked:
             _require_additive(getattr(block, attn))
-        y = getattr(block, attn)(getattr(block, norm1)(x), attention_mask=bias, **rotary)[0]
-        return _through(block, after_attn, y) + x
+        elif bias is not None:
+            raise TakesNoMask
+        mask = {"attention_mask": bias} if layout.masked else {}
+        y = getattr(block, attn)(getattr(block, norm1)(x), **mask, **rotary)[0]
+        y = _through(block, after_attn, y)
+        return x + y if layout.residual_first else y + x
 
     @mlp_half.register(layer)
     def _(block: Any, x: Tensor) -> Tensor:
-        return _through(block, after_mlp, block.mlp(getattr(block, norm2)(x))) + x
+        y = _through(block, after_mlp, getattr(block, mlp)(getattr(block, norm2)(x)))
+        return x + y if layout.residual_first else y + x
 
     @attention.register(layer)
     def _(block: Any, x: Tensor, **rotary: Any) -> Attention:
@@ -117,7 +135,8 @@ def _register(layer: type, layout: _Layout) -> None:
 
     @projections.register(layer)
     def _(block: Any) -> tuple[nn.Module, ...]:
-        return getattr(block, norm1), getattr(block, attn).q_proj, getattr(block, attn).k_proj
+        inside = getattr(block, attn)
+        return getattr(block, norm1), *((inside.qkv,) if hasattr(inside, "qkv") else (inside.q_proj, inside.k_proj))
 
     @arguments.register(layer)
     def _(block: Any, patches: Tensor) -> dict[str, Any]:
@@ -134,6 +153,38 @@ def _register(layer: type, layout: _Layout) -> None:
     def _(block: Any) -> Hashable:
         """Which attention function runs, too, as some ignore masks."""
         return plain_fingerprint(block), getattr(getattr(block, attn).config, "_attn_implementation", None)
+
+
+def _register_nested(layer: type) -> None:
+    """A layer whose attention holds another module with queries and keys, and whose output module adds the residual."""
+
+    @attn_half.register(layer)
+    def _(block: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is not None:
+            raise TakesNoMask
+        return block.attention(block.layernorm_before(x)) + x
+
+    @mlp_half.register(layer)
+    def _(block: Any, x: Tensor) -> Tensor:
+        return block.output(block.intermediate(block.layernorm_after(x)), x)
+
+    @attention.register(layer)
+    def _(block: Any, x: Tensor) -> Attention:
+        attn, x = block.attention.attention, output(block.layernorm_before, x)
+        heads, d = attn.num_attention_heads, attn.attention_head_size
+
+        def project(linear: nn.Module, x: Tensor) -> Tensor:
+            return output(linear, x).reshape(x.shape[0], x.shape[1], heads, d).transpose(1, 2)
+
+        plain = is_plain(attn.key) and recorded(attn.key) is None
+        return Attention(
+            x, heads, lambda n: project(attn.query, x[:, :n]) * attn.scaling, lambda: project(attn.key, x),
+            attn.key.weight if plain else None, attn.key.bias if plain else None,
+        )  # fmt: skip
+
+    @projections.register(layer)
+    def _(block: Any) -> tuple[nn.Module, ...]:
+        return block.layernorm_before, block.attention.attention.query, block.attention.attention.key
 
 
 def _require_additive(attn: Any) -> None:
@@ -158,19 +209,22 @@ def _through(block: Any, names: tuple[str, ...], y: Tensor) -> Tensor:
 def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Attention:
     heads, d = attn.config.num_attention_heads, attn.head_dim
     q_norm, k_norm = (_Norm(getattr(attn, name, None), d) for name in ("q_norm", "k_norm"))
+    fused = hasattr(attn, "qkv")
 
-    def project(linear: nn.Module, norm: _Norm, x: Tensor) -> Tensor:
-        y = norm.whole(output(linear, x))
+    def project(which: int, norm: _Norm, x: Tensor) -> Tensor:
+        y = output(attn.qkv, x).chunk(3, dim=-1)[which] if fused else output((attn.q_proj, attn.k_proj)[which], x)
+        y = norm.whole(y)
         y = norm.per_head(y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2))
         if position_embeddings is not None and y.shape[2] > 1:  # a class token alone has no place
             y = sys.modules[base_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
         return y if y.shape[1] == heads else y.repeat_interleave(heads // y.shape[1], dim=1)
 
     scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
-    plain = position_embeddings is None and k_norm.none and is_plain(attn.k_proj) and recorded(attn.k_proj) is None
+    plain = position_embeddings is None and k_norm.none and not fused
+    plain = plain and is_plain(attn.k_proj) and recorded(attn.k_proj) is None
     plain = plain and attn.k_proj.weight.shape[0] == heads * d  # heads do not share their keys
     return Attention(
-        x, heads, lambda n: project(attn.q_proj, q_norm, x[:, :n]) * scale, lambda: project(attn.k_proj, k_norm, x),
+        x, heads, lambda n: project(0, q_norm, x[:, :n]) * scale, lambda: project(1, k_norm, x),
         attn.k_proj.weight if plain else None, attn.k_proj.bias if plain else None,
     )  # fmt: skip
 
@@ -228,8 +282,8 @@ def _refuse_callers_that_need_the_grid(tower: PreTrainedModel, reducer: Reducer)
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("transformers.models."):
             runs = frame.f_locals.get("self")
-            counts = isinstance(runs, PreTrainedModel) and _needs_grid(runs, tower)
-            if counts and any(part is tower for part in runs.modules()):
+            counts = _needs_grid(runs, tower) if isinstance(runs, PreTrainedModel) else ""
+            if counts and any(part is tower for part in cast(nn.Module, runs).modules()):
                 raise UnsupportedError(
                     f"{type(tower).__name__} was reduced alone, and is called by {type(runs).__name__}, which {counts}; reduce "
                     f"it with grid=True, and every patch gets the token that it ended in: sv.reduce_(tower, {reducer}, grid=True)"
@@ -315,8 +369,16 @@ def _of_tower(model: PreTrainedModel, tower: Any) -> Description:
         pooled=averages or head is not None,
         inputs=_inputs(tower),
         options=partial(_resized, model if _takes_images(model, tower) else tower, size),
-        refuse_mass=own_methods(model, ("forward",), "transformers.") if averages else "",
+        refuse_mass=own_methods(model, ("forward",), "transformers.") if averages else _pools_by_itself(tower),
     )
+
+
+def _pools_by_itself(tower: Any) -> str:
+    """Why masses would not reach a tower's own attention pooling, if they would not."""
+    head = getattr(tower, "head", None)
+    if head is None or getattr(head, "attention", None) is not None:
+        return ""
+    return f"its {type(head).__name__} pools tokens as if each stood for one patch"
 
 
 def _size(config: Any) -> tuple[int, int]:
@@ -333,7 +395,7 @@ def _inputs(tower: Any) -> Callable[[Tensor], tuple[Tensor | None, ...]] | None:
         return partial(_patches, tower.config.patch_size)
     if _name(tower, ("ASTModel",)):
         return _spectrogram
-    return partial(_still, tower.config.num_frames) if _name(tower, ("VivitModel",)) else None
+    return partial(_still, tower.config.num_frames) if _name(tower, ("VivitModel", "VideoMAEModel")) else None
 
 
 def _resized(runs: nn.Module, own: tuple[int, int], images: Tensor) -> dict[str, Any]:
