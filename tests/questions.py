@@ -118,7 +118,7 @@ def question_where(answers: Callable[[zoo.Kind], object], partners: int = 2) -> 
 
 question = question_where(lambda kind: True)
 REPRESENTATIVES = {  # of all ways in which hosts differ for a compiler
-    *("plain", THOROUGH, "attention-pool", "qk-norm", "registers", "eva02", "dinov3", "rope-mixed", "torchvision"),
+    *("plain", THOROUGH, "attention-pool", "qk-norm", "registers", "eva02", "dinov3", "rope-mixed", "naflex-map", "torchvision"),
     *("hf-vit", "hf-deit", "hf-dinov2", "hf-dinov3", "hf-clip-tower", "hf-siglip-tower", "hf-mae"),
     *("open_clip-tower", "open_clip-attention"),
 }

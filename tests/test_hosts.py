@@ -555,6 +555,22 @@ def test_timm_inside_transformers():
     assert sv.macs(model) == sv.macs(alone)
 
 
+def test_patches_with_coordinates_are_refused():
+    """timm's NaFlexVit takes them with a mask of what is padding."""
+    model = sv.reduce_(zoo.build("naflex"), sv.ETPS(keep=0.5))
+    given = {"patches": torch.randn(2, 64, 192), "patch_coord": torch.zeros(2, 64, 2, dtype=torch.long)}
+    given |= {"patch_valid": torch.ones(2, 64, dtype=torch.bool)}
+    for run in (model, model.forward_intermediates):
+        with pytest.raises(UnsupportedError, match=r"NaFlexVit was given patches with coordinates, .* give images of one size"):
+            run(given)
+
+
+def test_hybrids_are_counted():
+    """Their stem's channels are not those of their images."""
+    model = timm.create_model("vit_tiny_r_s16_p8_224")
+    assert sv.macs(sv.reduce_(model, sv.ETPS(keep=0.5))) < sv.macs(sv.restore_(copy.deepcopy(model)))
+
+
 def test_the_grid_is_saved_with_the_reducer(tmp_path):
     model = sv.reduce_(backbone("Dinov2Backbone"), STAGED, grid=True)
     x = ONE["pixel_values"]

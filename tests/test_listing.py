@@ -28,7 +28,11 @@ def test_the_installed_version_is_a_tested_one_and_has_the_classes(family):
     assert family.tested, f"{family.library} {family.installed}: test it, then widen the range"
     where = {"timm": "timm.models", "torchvision": "torchvision.models.vision_transformer", "open_clip": "open_clip.transformer"}
     module = importlib.import_module(where.get(family.library, family.library))
-    elsewhere = {"VisionTransformerDistilled": "timm.models.deit", "TimmModel": "open_clip.timm_model"}
+    elsewhere = {
+        "VisionTransformerDistilled": "timm.models.deit",
+        "TimmModel": "open_clip.timm_model",
+        "NaFlexVit": "timm.models.naflexvit",
+    }
     others = []
     if family.library == "transformers":  # some towers are not among what the library names at its top
         from squeezevit.families.transformers import _LAYERS

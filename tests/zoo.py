@@ -19,6 +19,7 @@ from open_clip.transformer import VisionTransformer as OpenClipTower
 from timm.layers import Attention, set_reentrant_ckpt, use_reentrant_ckpt
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -220,6 +221,19 @@ KINDS: dict[str, Kind] = {
     "rope-mixed": EVA_ROTARY(partial(timm_vit, cls=Eva, **MIXED), adapted=("attn.q_proj", "attn.k_proj", "attn.v_proj")),
     "eva-post-norm": EVA(partial(timm_vit, cls=Eva, use_post_norm=True), adapted=("attn.proj", "mlp.fc2"), sliced=("attn.qkv",)),
     "pe": EVA_ROTARY(partial(timm_vit, cls=Eva, **PE)),
+    "naflex": Kind(
+        partial(timm_vit, cls=NaFlexVit, class_token=False, reg_tokens=2, global_pool="avg"),
+        resizing={},
+        features=False,
+        reentrant=(False,),
+    ),
+    "naflex-map": Kind(
+        partial(timm_vit, cls=NaFlexVit, class_token=False, global_pool="map", rope_type="axial", pos_embed="none"),
+        resizing={},
+        features=False,
+        rotary=True,
+        reentrant=(False,),
+    ),
     "hf-vit": HUGGING_FACE(partial(hugging_face, "ViTForImageClassification"), "vit.layernorm", reading("logits")),
     "hf-deit": HUGGING_FACE(partial(hugging_face, "DeiTForImageClassificationWithTeacher"), "deit.layernorm", reading("logits")),
     "hf-dinov2": HUGGING_FACE(

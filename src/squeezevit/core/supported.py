@@ -114,7 +114,7 @@ TABLE = (
         "timm",
         "1.0.20",
         "1.1",
-        ("VisionTransformer", "VisionTransformerDistilled", "Eva"),
+        ("VisionTransformer", "VisionTransformerDistilled", "Eva", "NaFlexVit"),
         {
             "Beit": _RELATIVE,
             "VisionTransformerRelPos": _RELATIVE,
@@ -124,7 +124,7 @@ TABLE = (
         },
         "plain, residual-post-norm and post-norm blocks, LayerScale, q/k-norm, gated attention, registers, rotary embeddings "
         "(axial, mixed, DINOv3's), SwiGLU, `features_only=True` with `grid=True`, "
-        "all poolings ('prr' without mass); parallel blocks are refused where a stage is",
+        "NaFlexVit on images of one size, all poolings ('prr' without mass); parallel blocks are refused where a stage is",
     ),
     Family(
         "transformers",

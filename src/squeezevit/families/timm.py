@@ -11,6 +11,7 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models import eva, vision_transformer
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from squeezevit.core.cut import Description, arguments, attention, attn_half, co
 from squeezevit.core.evidence import Attention, compute, is_plain, output, recorded
 from squeezevit.core.trace import Trace
 from squeezevit.errors import CheckpointError, UnsupportedError
-from squeezevit.families.tokens import full_weights, maps_on_grid, not_a_grid, on_grid, own_methods, traced
+from squeezevit.families.tokens import full_weights, maps_on_grid, not_a_grid, on_grid, own_methods, traced, weighted
 
 
 @attn_half.register
@@ -166,8 +167,8 @@ def _own_bias(attn: Any, which: int) -> Tensor | None:
     return None if getattr(attn, "q_bias", None) is None else (attn.q_bias, attn.k_bias)[which]
 
 
-class ReducedVisionTransformer(Mixin):
-    """What a reduced model does with its tokens after the blocks."""
+class ReducedFeatures(Mixin):
+    """What a reduced model puts out before anything is pooled."""
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Tensor:
         """The library's own; tokens' weights go with the features they belong to, for whoever pools them and when."""
@@ -206,6 +207,10 @@ class ReducedVisionTransformer(Mixin):
             final = {"image_features": on_grid(out["image_features"], t, state.depth)} if "image_features" in out else {}
             return {**out, "image_intermediates": lay_out(out["image_intermediates"]), **final}
         return (on_grid(out[0], t, state.depth), lay_out(out[1])) if isinstance(out, tuple) else lay_out(out)
+
+
+class ReducedVisionTransformer(ReducedFeatures):
+    """The same, and how a model pools its tokens."""
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Pooling in which a token counts as many times as it has patches; where all count the same, the library's own."""
@@ -252,6 +257,52 @@ class ReducedEva(ReducedVisionTransformer):
         return 0 if self.attn_pool is not None else self.num_prefix_tokens
 
 
+class ReducedNaFlexVit(ReducedFeatures):
+    """The same for NaFlexVit, given images of one size: patches with coordinates and a mask are refused."""
+
+    def forward_features(self, patches: Tensor, patch_coord: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._require_images(patch_coord)
+        return super().forward_features(patches, patch_coord, *args, **kwargs)
+
+    def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        self._require_images(x.get("patch_coord") if isinstance(x, dict) else kwargs.get("patch_coord"))
+        return super().forward_intermediates(x, *args, **kwargs)
+
+    def _require_images(self, patch_coord: Tensor | None) -> None:
+        if patch_coord is not None and self.squeezevit_state.stages:
+            raise UnsupportedError(
+                f"{type(self).__name__} was given patches with coordinates, among which a reducer cannot tell padding; give "
+                "images of one size, [B, 3, H, W], or sv.restore_ it first"
+            )
+
+    def _pool(self, x: Tensor, pool_type: str | None = None, patch_valid: Any = None) -> Tensor:
+        own, weights = super()._pool, getattr(x, "squeezevit_weights", None)
+        if weights is None:
+            return own(x, pool_type, patch_valid)
+        if self.attn_pool is not None:
+            first = 0 if self.pool_include_prefix else self.num_prefix_tokens
+            return self.attn_pool(x[:, first:], attn_mask=(weights[:, None, None, first:] + 1e-6).log().to(x.dtype))
+        return own(weighted(x, weights, self.num_prefix_tokens), pool_type, patch_valid)
+
+
+@describe.register
+def _(model: NaFlexVit) -> Description:
+    built_for: dict[str, Any] = getattr(model, "default_cfg", None) or {}
+    _, height, width = built_for.get("input_size", (3, 224, 224))
+    pools = model.attn_pool is not None or model.global_pool in ("avg", "token", "")
+    return Description(
+        blocks=tuple(model.blocks),
+        prefix=model.num_prefix_tokens,
+        class_token=model.embeds.cls_token is not None,
+        dim=model.embed_dim,
+        channels=model.embeds.in_chans if hasattr(model.embeds, "in_chans") else 3,
+        image_size=(height, width),
+        mixins=((model, ReducedNaFlexVit),),
+        pooled=True,
+        refuse_mass="" if pools else f"its {model.global_pool!r} pooling takes no weights",
+    )
+
+
 @describe.register
 def _(model: VisionTransformer) -> Description:
     has_class_token = bool(getattr(model, "has_class_token", model.cls_token is not None))
@@ -271,7 +322,7 @@ def _host(model: VisionTransformer | Eva, mixin: type, class_token: bool) -> Des
         prefix=model.num_prefix_tokens,
         class_token=class_token,
         dim=model.embed_dim,
-        channels=getattr(getattr(model.patch_embed, "proj", None), "in_channels", 3),
+        channels=next((m.in_channels for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d)), 3),  # a hybrid has several
         image_size=(int(height), int(width)),
         mixins=((model, mixin),),
         grids=True,
