@@ -1,6 +1,6 @@
-"""The pictures of docs/speed.md and docs/training-free.md, drawn from the committed results files and nothing else.
+"""The pictures of docs/speed.md, docs/training-free.md and docs/deploy.md, drawn from the committed results files and nothing else.
 
-python benchmarks/plots.py        # docs/overhead.svg, steps.svg, methods.svg, resolution.svg, wall-clock.svg
+python benchmarks/plots.py        # docs/overhead.svg, steps.svg, methods.svg, resolution.svg, wall-clock.svg, deploy.svg
 """
 
 import json
@@ -131,10 +131,33 @@ def wall_clock() -> None:
     save(figure, "wall-clock.svg")
 
 
+def ladder() -> None:
+    """Formats by budget: the speed-up over torch in fp32, unreduced, and the points of accuracy that it costs."""
+    rows = read("deploy")["rows"]
+    formats, shares = (list(dict.fromkeys(r[key] for r in rows)) for key in ("format", "share"))
+    figure, axis = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
+    width = 0.8 / len(shares)
+    for k, (share, colour) in enumerate(zip(shares, (PALE, BLUE, ORANGE, INK), strict=False)):
+        own = {r["format"]: r for r in rows if r["share"] == share}
+        places = [i + (k - (len(shares) - 1) / 2) * width for i in range(len(formats))]
+        heights = [own[name]["batch_16"]["speedup_best"] for name in formats]
+        axis.bar(
+            places, heights, 0.92 * width, color=colour, label="unreduced" if share == 1 else f"{share:.0%} of the multiply-adds"
+        )
+        for place, height, name in zip(places, heights, formats, strict=True):
+            loss = own[name]["loss_refitted"]
+            axis.text(place, height, f"{height:.1f}x\n{-loss:+.1f}", ha="center", va="bottom", fontsize=7)
+    axis.set_xticks(range(len(formats)), formats)
+    axis.set_ylabel("speed-up, batch 16, best round")
+    axis.margins(y=0.18)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    save(figure, "deploy.svg")
+
+
 def main() -> None:
     arguments(__doc__).parse_args()
     plt.rcParams["svg.hashsalt"] = "squeezevit"
-    for draw in (overhead, steps, methods, resolution, wall_clock):
+    for draw in (overhead, steps, methods, resolution, wall_clock, ladder):
         draw()
 
 

@@ -45,6 +45,14 @@ def test_every_script_says_what_it_does(run, script):
     assert " ".join(first[:6]) in " ".join(run(script.name, "--help").split())
 
 
+def test_a_registry_is_walked(run, tmp_path):
+    file = tmp_path / "registry.json"
+    run("registry.py", "--libraries", "timm", "--only", "vit_tiny_patch16_224", "--json", file)
+    run("registry.py", "--libraries", "transformers", "--only", "Dinov2Back", "--json", file)
+    found = {row["name"]: row["verdict"] for row in json.loads(file.read_text())["rows"]}
+    assert found["vit_tiny_patch16_224"] == "supported" and found["Dinov2Backbone"] == "needs the grid"
+
+
 def test_one_table_has_every_row_of_every_results_file(run, tmp_path):
     lines = run("table.py").splitlines()
     files = list((BENCHMARKS / "results").rglob("*.json"))

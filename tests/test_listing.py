@@ -1,8 +1,10 @@
 """The listing of families: in the docs as in the code, true of what is installed, and heard where a version is untested."""
 
 import importlib
+import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,19 @@ def test_the_table_in_the_docs_is_the_one_in_the_code():
     text = DOCS.read_text()
     generated = text.split("<!-- generated -->\n")[1].split("<!-- end -->")[0]
     assert generated == supported.as_markdown(), "docs/models.md is out of date: paste what supported.as_markdown() gives"
+
+
+def test_the_registries_in_the_docs_are_those_that_were_walked():
+    rows = json.loads((DOCS.parent.parent / "benchmarks" / "results" / "registry.json").read_text())["rows"]
+    counts = Counter((row["library"], row["verdict"]) for row in rows)
+    assert not [row["name"] for row in rows if row["verdict"] == "accepted, then fails"]
+    verdicts = ("supported", "needs the grid", "supported, not run", "refused", "cannot be built")
+    lines = ["| | supported | with `grid=True` | not run | refused | cannot be built |", "|---|---|---|---|---|---|"]
+    for library, of in (("timm", "names"), ("transformers", "classes")):
+        lines.append(f"| {library}, {of} | {' | '.join(str(counts[library, verdict]) for verdict in verdicts)} |")
+    table = DOCS.read_text().split("<!-- registry -->\n")[1].split("<!-- end of registry -->")[0]
+    assert table == "\n".join(lines) + "\n"
+    assert sum(counts["transformers", verdict] for verdict in verdicts[:2]) >= 110
 
 
 @pytest.mark.parametrize("family", listing(), ids=lambda f: f.library)
