@@ -94,6 +94,15 @@ def test_bench_prints_every_method_and_writes_where_it_ran(tmp_path, capsys):
     assert "eTPS" in capsys.readouterr().out
 
 
+def test_bench_takes_budgets(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    options = ["--methods", "identity,etps", "--macs", "60%", "--batch-size", 1, "--rounds", 1, "--json", out]
+    assert run("bench", *SMALL, *options) == 0
+    _, row = json.loads(out.read_text())["rows"]
+    assert row["asked_share"] == 0.6 and abs(row["macs_share"] - 0.6) < 0.05 and row["keep"] is None
+    assert "two budgets; give one" in fails(capsys, "bench", *SMALL, "--keep", "0.5", "--macs", "0.5")
+
+
 def test_show_draws_a_png_in_the_photographs_proportions(photos, tmp_path):
     photo = photos / "val" / "bee" / "0.png"
     options = ["--image-size", 96, "--keep", 0.5, "--out", tmp_path, "--json", tmp_path / "show.json"]

@@ -146,7 +146,8 @@ def bench(
     model: options.NamedModel = None,
     source: options.Source = None,
     methods: options.MethodList = "identity,etps,dtps,evit,topk,tome",
-    keep: options.KeepList = "0.7,0.5",
+    keep: options.KeepList = None,
+    macs: options.MacsList = None,
     at: options.At = None,
     batch_size: options.BatchSize = 16,
     image_size: options.ImageSize = None,
@@ -165,24 +166,33 @@ def bench(
     """
     from squeezevit.bench.machine import header
     from squeezevit.bench.run import measure
-    from squeezevit.budget.plan import like
+    from squeezevit.budget.plan import like, make_plan
 
     inputs.check_json(json_file)
-    rows_of, ratios, stages = inputs.methods_named(methods), options.ratios(keep, "--keep"), options.blocks(at)
+    if keep is not None and macs is not None:
+        raise ConfigError(f"--keep {keep} and --macs {macs} are two budgets; give one of them")
+    budget, text = ("keep", keep or "0.7,0.5") if macs is None else ("macs", macs)
+    rows_of, shares, stages = inputs.methods_named(methods), options.ratios(text, f"--{budget}"), options.blocks(at)
     wanted = inputs.Wanted(source, model, image_size=image_size)
     net, own = inputs.to_measure(wanted, device, threads, batch_size)
     asked = [(row, 1.0) for row in rows_of if row.name == "identity"]
-    asked += [(row, ratio) for ratio in ratios for row in rows_of if row.name != "identity"]
+    asked += [(row, share) for share in shares for row in rows_of if row.name != "identity"]
     with screen.steps() as report:
         reducers: list[Any] = []
-        for row, ratio in asked:
+        for row, share in asked:
             report("finding what costs the same", len(reducers), len(asked))
-            reducers.append(like(net, row.name, ratio, stages, image_size))
+            planned = budget == "macs" and row.name != "identity"
+            reducers.append(
+                make_plan(net, row.name, macs=share, at=stages, image_size=image_size).reducer
+                if planned
+                else like(net, row.name, share, stages, image_size)
+            )
         reducers += own
         speeds = measure(
             net, reducers, batch_size, image_size, rounds, precision, compiled=compiled, progress=partial(report, "rounds")
         )
-    told = [{"method": row.name, "label": row.label, "keep": ratio} for row, ratio in asked]
+    key = "keep" if budget == "keep" else "asked_share"  # of the multiply-adds; what was found is `macs_share`
+    told = [{"method": row.name, "label": row.label, "keep": None, key: share} for row, share in asked]
     told += [{"method": "bundle", "label": str(reducer), "keep": None} for reducer in own]
     rows = [{**about, **asdict(speed)} for about, speed in zip(told, speeds, strict=True)]
     name = str(source or model or inputs.MEASURED)

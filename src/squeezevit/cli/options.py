@@ -167,7 +167,18 @@ At = Annotated[str | None, _of_field("at", metavar="INTEGER,...")]
 ImageSize = Annotated[int | None, _of_field("image_size", min=1, max=8192)]
 Precision = Annotated[str, _of_field("precision", metavar="fp32|bf16|fp16")]
 MethodList = Annotated[str, typer.Option(metavar="NAME,...", help=f"Methods, separated by commas. One or more of {METHODS}.")]
-KeepList = Annotated[str, typer.Option(metavar="NUMBER,...", help="Keep ratios, separated by commas; each is used at every stage.")]
+KeepList = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER,...", help="Keep ratios, separated by commas; each is used at every stage.", show_default="0.7,0.5"
+    ),
+]
+MacsList = Annotated[
+    str | None,
+    typer.Option(
+        "--macs", metavar="SHARE,...", help="Or budgets: shares of the unreduced model's multiply-adds, separated by commas."
+    ),
+]
 _LIBRARIES = "Model: a name of timm's, hf:NAME, torchvision:NAME, open_clip:NAME/WEIGHTS, or dinov2-demo, which needs no hub."
 NamedModel = Annotated[str | None, _of_field("model", "--model", help=_LIBRARIES, show_default="deit_small_patch16_224")]
 OptionalModel = Annotated[str | None, _of_field("model", "--model", show_default="DINOv2 ViT-S/14 of the demo")]
