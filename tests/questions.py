@@ -98,8 +98,8 @@ _asked: list[Question] = []
 def question_where(answers: Callable[[zoo.Kind], object], partners: int = 2) -> Callable[[Question], Question]:
     """A question for those kinds of models that have what is asked about.
 
-    One kind answers it with every reducer, each other kind with some that go round: over all questions a kind meets every reducer,
-    every question does, and no pair is left out.
+    One kind answers it with every reducer, each other kind with some that go round: over all questions every kind meets every main
+    reducer, and every question that is asked of all kinds meets each of them.
     """
 
     def register(ask: Question) -> Question:

@@ -315,6 +315,19 @@ HEADS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {  # and what el
 }
 
 
+def assert_needs_the_grid(model: nn.Module, run: Callable[[], Tensor], reason: str) -> Tensor:
+    """Refused without; equal at keep = 1; and with stages another output of the same shape, which is returned."""
+    dense = run()
+    with pytest.raises(UnsupportedError, match=reason):
+        sv.reduce_(model, STAGED)
+    sv.reduce_(model, sv.ETPS(keep=1.0), grid=True)
+    assert torch.equal(run(), dense)
+    sv.reduce_(model, STAGED, grid=True)
+    found = run()
+    assert found.shape == dense.shape and 1e-4 < (found - dense).abs().max() / dense.abs().max() < 2
+    return found
+
+
 @pytest.mark.parametrize("name", list(HEADS))
 def test_a_dense_head_needs_the_grid(name):
     build, beside = HEADS[name]
@@ -326,16 +339,10 @@ def test_a_dense_head_needs_the_grid(name):
             out = model(pixel_values=x, **beside)
         return next(v for v in out.values() if isinstance(v, Tensor))
 
-    dense = run()
-    with pytest.raises(UnsupportedError, match=r"(lays tokens out|is not known to take fewer).*sv.reduce_\(model, .*grid=True\)"):
-        sv.reduce_(model, STAGED)
-    sv.reduce_(model, sv.ETPS(keep=1.0), grid=True)
-    assert torch.equal(run(), dense)
-    sv.reduce_(model, STAGED, grid=True)
+    assert_needs_the_grid(model, run, r"(lays tokens out|is not known to take fewer).*sv.reduce_\(model, .*grid=True\)")
     with sv.trace(model) as t:
-        found = run()
-    assert found.shape == dense.shape and [s.n_out for s in t.stages] == [32, 16]
-    assert 1e-4 < (found - dense).abs().max() / dense.abs().max() < 2
+        run()
+    assert [s.n_out for s in t.stages] == [32, 16]
     assert sv.macs(model) < sv.macs(sv.restore_(copy.deepcopy(model)))
 
 
@@ -466,14 +473,7 @@ def test_a_host_that_counts_tokens_needs_the_grid(name):
             out = model.model.get_image_features(**inputs, return_dict=True).pooler_output
         return torch.cat([v.flatten(0, -2) for v in ([out] if isinstance(out, Tensor) else out)])
 
-    dense = features()
-    with pytest.raises(UnsupportedError, match=r"is not known to take fewer tokens .* give grid=True"):
-        sv.reduce_(model, STAGED)
-    sv.reduce_(model, sv.ETPS(keep=1.0), grid=True)
-    assert torch.equal(features(), dense)
-    sv.reduce_(model, STAGED, grid=True)
-    found = features()
-    assert found.shape == dense.shape and 1e-4 < (found - dense).abs().max() / dense.abs().max() < 2
+    found = assert_needs_the_grid(model, features, r"is not known to take fewer tokens .* give grid=True")
     inside = description_of(sv.restore_(model)).tower
     sv.reduce_(inside, STAGED)
     with pytest.raises(UnsupportedError, match=r"was reduced alone, and is called by .*; reduce it with grid=True"):

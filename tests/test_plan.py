@@ -268,9 +268,7 @@ def test_a_reducer_by_name_and_keep_ratio():
 
 def test_the_meter_proves_blocks_once_for_ratios_alone(monkeypatch):
     model, proved = zoo.build("plain"), []
-    monkeypatch.setattr(
-        meters, "reduce_", lambda model, reducer, **how: proved.append(reducer) or sv.reduce_(model, reducer, **how)
-    )
+    monkeypatch.setattr(meters, "reduce_as_needed_", lambda model, reducer: proved.append(reducer) or sv.reduce_(model, reducer))
     with Meter(model) as meter:
         counts = [meter.counts(sv.ETPS(keep=keep)) for keep in (0.5, 0.6, 0.5)]
         assert len(proved) == 1 and counts[0] == counts[2] == (64, 32, 16, 8) and counts[1] == (64, 39, 24, 15)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from squeezevit import sums
-from squeezevit.core.attach import needs_grid, reduce_
+from squeezevit.core.attach import reduce_, reduce_as_needed_
 from squeezevit.core.cut import convert, load_families, require_model
 from squeezevit.core.reducer import Reducer
 from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError
@@ -93,7 +93,7 @@ def reduce_with_weights_(model: Model, reducer: Reducer, weights: Mapping[str, T
     with_heads = weights is not None and has_heads(weights)
     if weights is not None and not with_heads:
         load_checkpoint_(model, weights, name)
-    reduce_(model, reducer, grid=needs_grid(model))
+    reduce_as_needed_(model, reducer)
     if weights is not None and with_heads:
         load_checkpoint_(model, weights, name)
     return model

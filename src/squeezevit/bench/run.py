@@ -9,7 +9,7 @@ from torch import nn
 
 from squeezevit.bench.limit import Slice, limit_of
 from squeezevit.bench.timing import alternate
-from squeezevit.core.attach import needs_grid, reduce_, restore_
+from squeezevit.core.attach import reduce_as_needed_, restore_
 from squeezevit.core.macs import fake_trace, macs, token_counts
 from squeezevit.core.reducer import Reducer
 from squeezevit.core.running import forward, images, share_weights
@@ -57,11 +57,11 @@ def measure(
         raise ConfigError(f"compiled={compiled!r} is no mode of torch.compile; choose from {', '.join(MODES)}")
     device = next(model.parameters()).device
     restore_(model.eval())
-    dense, grid = macs(model, image_size), needs_grid(model)
-    variants = {r: reduce_(share_weights(model), r, grid=grid) for r in (Identity(), *reducers)}
+    dense = macs(model, image_size)
+    variants = {r: reduce_as_needed_(share_weights(model), r) for r in (Identity(), *reducers)}
     bounds = {r: _limit(variant, r, image_size) for r, variant in variants.items()} if limits else {}
     for bound in {b for b in bounds.values() if b is not None}:
-        variants[bound] = reduce_(share_weights(model), bound, grid=grid)
+        variants[bound] = reduce_as_needed_(share_weights(model), bound)
     x = images(model, batch_size, image_size)
     cases = {r: forward(variant, x, precision, compiled) for r, variant in _neighbours(variants, bounds).items()}
     with nullcontext() if compiled is None else _fresh_graphs(len(cases)):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from squeezevit.bench.machine import machine, versions
 from squeezevit.bench.timing import Timings, alternate
 from squeezevit.budget.meter import Meter
-from squeezevit.core.attach import reduce_
+from squeezevit.core.attach import reduce_as_needed_
 from squeezevit.core.cut import cut
 from squeezevit.core.reducer import Reducer
 from squeezevit.core.running import Progress, autocast, evaluation_mode, forward, images, share_weights, without_hooks
@@ -142,8 +142,7 @@ def profile(meter: Meter, probe: Reducer, progress: Progress | None = None) -> P
     block = about.blocks[len(about.blocks) // 2]
     with evaluation_mode(model), without_hooks(model):
         cases: dict[Any, Callable[[], Any]] = {"dense": forward(model, x, setting.precision)}
-        reduced = reduce_(share_weights(model), probe, grid=bool(about.needs_grid))
-        cases["reduced"] = forward(reduced, x, setting.precision)
+        cases["reduced"] = forward(reduce_as_needed_(share_weights(model), probe), x, setting.precision)
         for t in tokens:
             some = torch.randn(setting.batch_size, t, about.dim, device=x.device, dtype=x.dtype)
             cases |= _halves(block, some, about.prefix, setting.precision)
@@ -185,8 +184,7 @@ def ratio(meter: Meter, reducer: Reducer, progress: Progress | None = None) -> t
     setting, model = meter.setting, meter.model
     x = images(model, setting.batch_size, setting.image_size)
     with without_hooks(model):
-        grid = bool(meter.about.needs_grid)
-        variants = {r: reduce_(share_weights(model).eval(), r, grid=grid) for r in (Identity(), reducer)}
+        variants = {r: reduce_as_needed_(share_weights(model).eval(), r) for r in (Identity(), reducer)}
     cases = {r: forward(variant, x, setting.precision) for r, variant in variants.items()}
     times, _ = settled(cases, x.device, "measuring the plan", progress)
     return times.best(reducer), times.best_ratio(reducer, Identity())

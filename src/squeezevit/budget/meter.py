@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import nn
 
-from squeezevit.core.attach import reduce_, restore_, retune_
+from squeezevit.core.attach import reduce_, reduce_as_needed_, restore_, retune_
 from squeezevit.core.cut import description_of
 from squeezevit.core.macs import macs, token_counts
 from squeezevit.core.reducer import Reducer, is_index
@@ -94,7 +94,7 @@ class Meter:
         try:
             retune_(self.model, reducer)
         except ConfigError:
-            reduce_(self.model, reducer, grid=bool(self.about.needs_grid))
+            reduce_as_needed_(self.model, reducer)
         return self.model
 
     def release(self) -> nn.Module:

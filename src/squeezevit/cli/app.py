@@ -166,7 +166,8 @@ def bench(
     """
     from squeezevit.bench.machine import header
     from squeezevit.bench.run import measure
-    from squeezevit.budget.plan import like, make_plan
+    from squeezevit.budget.plan import like
+    from squeezevit.budget.plan import plan as plan_for
 
     inputs.check_json(json_file)
     if keep is not None and macs is not None:
@@ -181,12 +182,10 @@ def bench(
         reducers: list[Any] = []
         for row, share in asked:
             report("finding what costs the same", len(reducers), len(asked))
-            planned = budget == "macs" and row.name != "identity"
-            reducers.append(
-                make_plan(net, row.name, macs=share, at=stages, image_size=image_size).reducer
-                if planned
-                else like(net, row.name, share, stages, image_size)
-            )
+            if budget == "keep" or row.name == "identity":
+                reducers.append(like(net, row.name, share, stages, image_size))
+            else:
+                reducers.append(plan_for(net, row.name, macs=share, at=stages, image_size=image_size))
         reducers += own
         speeds = measure(
             net, reducers, batch_size, image_size, rounds, precision, compiled=compiled, progress=partial(report, "rounds")

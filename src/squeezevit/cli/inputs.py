@@ -149,7 +149,7 @@ def ready(wanted: Wanted) -> Ready:
 
 
 def _from_bundle(wanted: Wanted, source: Path) -> Ready:
-    from squeezevit.core.attach import needs_grid, reduce_
+    from squeezevit.core.attach import reduce_as_needed_
 
     net, card = opened(source, wanted)
     state = vars(net).get("squeezevit_state")
@@ -161,7 +161,7 @@ def _from_bundle(wanted: Wanted, source: Path) -> Ready:
         )
     reducer = own or _reducer(net, wanted, card.preprocessing.crop)
     if own is None:
-        reduce_(net, reducer, grid=needs_grid(net))
+        reduce_as_needed_(net, reducer)
     method = type(reducer).__name__ if own is not None else wanted.method or wanted.usual[0]
     return Ready(net.eval(), reducer, str(source), method, reducer.learned and own is not None, card, card.preprocessing)
 

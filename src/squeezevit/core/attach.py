@@ -77,10 +77,20 @@ def reduce_(model: Model, reducer: Reducer, *, grid: bool = False) -> Model:
     >>> model = reduce_(timm.create_model("vit_tiny_patch16_224"), ETPS(keep=0.5))  # doctest: +SKIP
     """
     _require_kinds(model, reducer)
+    return _put_into(model, description_of(model), reducer, grid)
+
+
+def reduce_as_needed_(model: Model, reducer: Reducer) -> Model:
+    """`reduce_`, with the full grid where the model can only be reduced so; for what is run on models of any kind."""
+    _require_kinds(model, reducer)
     about = description_of(model)
+    return _put_into(model, about, reducer, bool(about.needs_grid))
+
+
+def _put_into(model: Model, about: Description, reducer: Reducer, grid: bool) -> Model:
     depth = len(about.blocks)
     stages = reducer.stages(depth)
-    _refuse(model, about, reducer, grid)
+    _refuse(model, about, reducer, stages, grid)
     proofs = _proofs(about, reducer, stages)
     positional = any(proved.per_token for proved in proofs.values())
     heads = _heads(model, about, reducer, len(stages))
@@ -115,8 +125,8 @@ def _proofs(about: Description, reducer: Reducer, stages: tuple[int, ...]) -> di
     depth, proofs = len(about.blocks), {}
     for i in range(stages[0] if stages else depth, depth):
         scored = reducer.scored and i in stages
-        records, biased = scored and reducer.place == "between", reducer.weighs or reducer.masks
-        proofs[i] = prove(about.blocks[i], i, about.prefix, about.dim, scored, records, biased)
+        records = scored and reducer.place == "between"
+        proofs[i] = prove(about.blocks[i], i, about.prefix, about.dim, scored, records, reducer.follows(training=True))
     return proofs
 
 
@@ -126,11 +136,6 @@ def _mixins(about: Description) -> dict[nn.Module, tuple[type, ...]]:
     for module, mixin in about.mixins:
         found[module] = (*found.get(module, ()), mixin)
     return found
-
-
-def needs_grid(model: nn.Module) -> bool:
-    """Whether a model can only be reduced with `grid=True`. Raises UnsupportedError for a model that cannot be reduced."""
-    return bool(description_of(model).needs_grid)
 
 
 def retune_(model: nn.Module, reducer: Reducer) -> None:
@@ -175,7 +180,7 @@ def _require_kinds(model: object, reducer: object) -> None:
         raise ConfigError(f"a {type(reducer).__name__} is not a reducer; give the model first, then one as sv.ETPS(keep=0.7)")
 
 
-def _refuse(model: nn.Module, about: Description, reducer: Reducer, grid: bool) -> None:
+def _refuse(model: nn.Module, about: Description, reducer: Reducer, stages: tuple[int, ...], grid: bool) -> None:
     """Raise UnsupportedError on what no proof of a single block would find."""
     name = type(model).__name__
     if reducer.weighs and about.refuse_mass:
@@ -186,7 +191,7 @@ def _refuse(model: nn.Module, about: Description, reducer: Reducer, grid: bool) 
         raise UnsupportedError(
             f"{name} uses one block at several depths, which cannot have stages of their own; give each its own copy"
         )
-    if about.needs_grid and not grid and reducer.stages(len(about.blocks)):
+    if about.needs_grid and not grid and stages:
         raise UnsupportedError(
             f"{name} {about.needs_grid}; give grid=True, and every patch gets the token that it ended in: "
             f"sv.reduce_(model, {reducer}, grid=True)"
@@ -199,7 +204,7 @@ def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int, positional: 
     """Blocks whose class changes: the stages, and those after the first one if they are ever told of it."""
     if not stages:
         return []
-    return list(range(stages[0], depth)) if reducer.weighs or reducer.masks or positional else list(stages)
+    return list(range(stages[0], depth)) if reducer.follows(training=True) or positional else list(stages)
 
 
 def _heads(model: nn.Module, about: Description, reducer: Reducer, stages: int) -> Heads | None:

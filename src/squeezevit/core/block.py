@@ -242,8 +242,7 @@ def _require_proof(block: ReducedBlock, x: Tensor) -> None:
             "compiling"
         )
     dim = x.shape[-1]
-    reducer = site.state.reducer
-    biased = reducer.weighs or reducer.masks
+    biased = site.state.reducer.follows(training=True)
     site.fingerprint = prove(cast(nn.Module, block), site.block, site.state.prefix, dim, site.scored, biased=biased).fingerprint
 
 

@@ -95,13 +95,13 @@ def _forward(model: nn.Module, image_size: int | tuple[int, int] | None, values:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     like = next(model.parameters())
-    image = torch.zeros(1, about.channels, height, width, device=like.device, dtype=like.dtype)
+    image = torch.zeros(1, about.channels, height, width, device=like.device if values else "meta", dtype=like.dtype)
     with torch.no_grad(), evaluation_mode(model), without_hooks(model, whole=True):
         try:
             if values:
                 model(*about.given(image), **about.named(image))
             else:
-                functional_call(model, shapes, about.given(image.to("meta")), about.named(image))
+                functional_call(model, shapes, about.given(image), about.named(image))
         except (AssertionError, RuntimeError, ValueError) as error:
             if "on meta tensors" in str(error) and not like.is_meta:
                 raise _ReadsValues from error

@@ -6,16 +6,15 @@ from typing import Any, cast
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer, feature_take_indices
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from squeezevit.core.block import Mixin
 from squeezevit.core.cut import Description, attention, attn_half, describe, mlp_half, projections
 from squeezevit.core.evidence import Attention, output
 from squeezevit.core.trace import Trace, spread
 from squeezevit.errors import UnsupportedError
 from squeezevit.families import multihead
-from squeezevit.families.tokens import WeightedPooling, maps_on_grid, not_a_grid, own_methods, traced, weighted
+from squeezevit.families.tokens import Intermediates, WeightedPooling, own_methods, traced, weighted
 
 
 @attn_half.register
@@ -38,7 +37,7 @@ def _(block: ResidualAttentionBlock) -> tuple[nn.Module, ...]:
     return (block.ln_1,)  # queries and keys come from rows of a parameter
 
 
-class ReducedVisual(Mixin):
+class ReducedVisual(Intermediates):
     """Pooling in which a token counts by its weight, and the normed tokens for traces."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,18 +52,8 @@ class ReducedVisual(Mixin):
             state.forwards.exit(done)
         return out
 
-    def forward_intermediates(self, x: Tensor, indices: Any = None, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
-        """The library's own; as grids, or as many tokens as ever, where `reduce_` was asked for the full grid."""
-        state, own = self.squeezevit_state, super().forward_intermediates
-        if not (state.grid and state.stages):
-            if output_fmt != "NLC" and state.stages:
-                raise UnsupportedError(not_a_grid("forward_intermediates", output_fmt, state.reducer))
-            return own(x, indices, *args, output_fmt=output_fmt, **kwargs)
-        with traced(cast(nn.Module, self), state) as t:
-            out = own(x, indices, *args, output_fmt="NLC", **kwargs)
-        taken, _ = feature_take_indices(state.depth, indices)
-        shape = None if output_fmt == "NLC" else (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1])
-        return {**out, "image_intermediates": maps_on_grid(out["image_intermediates"], sorted(set(taken)), cast(Trace, t), shape)}
+    def _grid_shape(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1]
 
     def _pool(self, x: Tensor) -> Any:
         state = self.squeezevit_state

@@ -1,7 +1,6 @@
 """timm's VisionTransformer and Eva: ViT, DeiT, DINOv2, CLIP, SigLIP, MAE, EVA, DINOv3, PE and all others of plain blocks."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -9,18 +8,17 @@ import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models import eva, vision_transformer
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import FeatureGetterNet
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from squeezevit.core.block import Mixin
 from squeezevit.core.cut import Description, arguments, attention, attn_half, convert, describe, mlp_half, projections
 from squeezevit.core.evidence import Attention, compute, is_plain, output, recorded
 from squeezevit.core.trace import Trace
 from squeezevit.errors import CheckpointError, UnsupportedError
-from squeezevit.families.tokens import full_weights, maps_on_grid, not_a_grid, on_grid, own_methods, traced, weighted
+from squeezevit.families.tokens import Intermediates, full_weights, on_grid, own_methods, traced, weighted
 
 
 @attn_half.register
@@ -167,7 +165,7 @@ def _own_bias(attn: Any, which: int) -> Tensor | None:
     return None if getattr(attn, "q_bias", None) is None else (attn.q_bias, attn.k_bias)[which]
 
 
-class ReducedFeatures(Mixin):
+class ReducedFeatures(Intermediates):
     """What a reduced model puts out before anything is pooled."""
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -190,23 +188,8 @@ class ReducedFeatures(Mixin):
             state.forwards.exit(done)
         return x
 
-    def forward_intermediates(self, x: Tensor, indices: Any = None, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
-        """The library's own; as grids, or as many tokens as ever, where `reduce_` was asked for the full grid."""
-        state, own = self.squeezevit_state, super().forward_intermediates
-        if not (state.grid and state.stages):
-            if output_fmt != "NLC" and state.stages:
-                raise UnsupportedError(not_a_grid("forward_intermediates", output_fmt, state.reducer))
-            return own(x, indices, *args, output_fmt=output_fmt, **kwargs)
-        with traced(cast(nn.Module, self), state) as opened:
-            out = own(x, indices, *args, output_fmt="NLC", **kwargs)
-        t = cast(Trace, opened)
-        taken, _ = feature_take_indices(len(self.blocks), indices)
-        shape = None if output_fmt == "NLC" else self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        lay_out = partial(maps_on_grid, blocks=sorted(set(taken)), t=t, shape=shape)
-        if isinstance(out, dict):
-            final = {"image_features": on_grid(out["image_features"], t, state.depth)} if "image_features" in out else {}
-            return {**out, "image_intermediates": lay_out(out["image_intermediates"]), **final}
-        return (on_grid(out[0], t, state.depth), lay_out(out[1])) if isinstance(out, tuple) else lay_out(out)
+    def _grid_shape(self, x: Tensor) -> tuple[int, int]:
+        return self.patch_embed.dynamic_feat_size(x.shape[-2:])
 
 
 class ReducedVisionTransformer(ReducedFeatures):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from squeezevit.core.block import Mixin, State
 from squeezevit.core.cut import base_class
-from squeezevit.core.reducer import Reducer
 from squeezevit.core.trace import Trace, spread
+from squeezevit.errors import UnsupportedError
 
 
 def weighted(x: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
@@ -23,15 +23,20 @@ def weighted(x: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
     return (x * share[..., None]).to(x.dtype)
 
 
-def on_grid(x: Tensor, t: Trace, blocks: int) -> Tensor:
-    """Tokens that left the first `blocks` blocks, back at all their patches: [B, P + K, C] -> [B, P + N0, C].
+def spread_after(blocks: int, patches: Tensor, t: Trace) -> Tensor:
+    """Patch tokens that left the first `blocks` blocks, back at all their patches: [B, K, C] -> [B, N0, C].
 
     A patch that was discarded holds zeros.
     """
     stage = sum(s.block < blocks for s in t.stages) - 1
-    if stage < 0:
-        return x
-    return torch.cat([x[:, : t.prefix], spread(x[:, t.prefix :], t.groups_after(stage))], dim=1)
+    return patches if stage < 0 else spread(patches, t.groups_after(stage))
+
+
+def on_grid(x: Tensor, t: Trace, blocks: int) -> Tensor:
+    """The same with prefix tokens in front: [B, P + K, C] -> [B, P + N0, C]."""
+    patches = x[:, t.prefix :]
+    full = spread_after(blocks, patches, t)
+    return x if full is patches else torch.cat([x[:, : t.prefix], full], dim=1)
 
 
 def full_weights(t: Trace, dtype: torch.dtype) -> Tensor | None:
@@ -39,22 +44,6 @@ def full_weights(t: Trace, dtype: torch.dtype) -> Tensor | None:
     if all(s.hosts is not None for s in t.stages):
         return None
     return F.pad((t.groups >= 0).to(dtype), (t.prefix, 0), value=1.0)
-
-
-def maps_on_grid(maps: Sequence[Any], blocks: Sequence[int], t: Trace, shape: tuple[int, int] | None) -> list[Any]:
-    """Patch tokens that left each of `blocks`, [B, n, C], at all their patches: [B, N0, C], or as images [B, C, height, width].
-
-    An entry may be a tuple, of which only the first member is patch tokens.
-    """
-
-    def laid_out(x: Any, block: int) -> Any:
-        if isinstance(x, tuple):
-            return laid_out(x[0], block), *x[1:]
-        stage = sum(s.block <= block for s in t.stages) - 1
-        x = x if stage < 0 else spread(x, t.groups_after(stage))
-        return x if shape is None else x.transpose(1, 2).unflatten(2, shape).contiguous()
-
-    return [laid_out(x, block) for x, block in zip(maps, blocks, strict=True)]
 
 
 def own_methods(model: nn.Module, names: Sequence[str], library: str) -> str:
@@ -73,20 +62,61 @@ def own_methods(model: nn.Module, names: Sequence[str], library: str) -> str:
     return ""
 
 
-def not_a_grid(method: str, fmt: str, reducer: Reducer) -> str:
-    """Why intermediate features are not laid out as a grid."""
-    return (
-        f"{method}(output_fmt={fmt!r}) lays tokens out as a grid, which those left by {reducer} do not fill; reduce the model with "
-        "grid=True, or give output_fmt='NLC'"
-    )
-
-
 @contextmanager
 def traced(module: nn.Module, state: State) -> Iterator[Trace | None]:
     """The open trace; where the full grid is to be put out and none is open, one for this forward."""
     needed = state.grid and state.stages and state.trace is None
     with Trace(module) if needed else nullcontext(cast("Trace | None", state.trace)) as t:
         yield t
+
+
+class Intermediates(Mixin):
+    """A model whose library has `forward_intermediates`, as timm and open_clip have it."""
+
+    def forward_intermediates(self, x: Tensor, indices: Any = None, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
+        """The library's own; as images, or as many tokens as ever, where `reduce_` was asked for the full grid."""
+        state, own = self.squeezevit_state, super().forward_intermediates
+        if not (state.grid and state.stages):
+            if output_fmt != "NLC" and state.stages:
+                raise UnsupportedError(
+                    f"forward_intermediates(output_fmt={output_fmt!r}) lays tokens out as a grid, which those left by "
+                    f"{state.reducer} do not fill; reduce the model with grid=True, or give output_fmt='NLC'"
+                )
+            return own(x, indices, *args, output_fmt=output_fmt, **kwargs)
+        with traced(cast(nn.Module, self), state) as opened:
+            out = own(x, indices, *args, output_fmt="NLC", **kwargs)
+        t, blocks = cast(Trace, opened), _blocks_taken(state.depth, indices)
+        shape = None if output_fmt == "NLC" else self._grid_shape(x)
+
+        def laid_out(maps: Sequence[Any]) -> list[Any]:
+            return [_laid_out(y, block + 1, t, shape) for y, block in zip(maps, blocks, strict=True)]
+
+        if isinstance(out, dict):
+            final = {name: self._final(y, t) for name, y in out.items() if name == "image_features"}
+            return {**out, "image_intermediates": laid_out(out["image_intermediates"]), **final}
+        return (self._final(out[0], t), laid_out(out[1])) if isinstance(out, tuple) else laid_out(out)
+
+    def _grid_shape(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of images [B, channels, H, W]."""
+        raise NotImplementedError
+
+    def _final(self, x: Tensor, t: Trace) -> Tensor:
+        """What left the last block, where that is tokens; pooled features are as they are."""
+        return on_grid(x, t, self.squeezevit_state.depth) if x.dim() == 3 else x
+
+
+def _blocks_taken(depth: int, indices: Any) -> list[int]:
+    """Which blocks' features the libraries put out: all, the last n, or those named, also from the end."""
+    last = depth if indices is None else indices
+    return list(range(depth - last, depth)) if isinstance(last, int) else sorted({i % depth for i in last})
+
+
+def _laid_out(x: Any, blocks: int, t: Trace, shape: tuple[int, int] | None) -> Any:
+    """Patch tokens at all their patches, [B, N0, C], or as images [B, C, *shape]; of a tuple, the first member is patch tokens."""
+    if isinstance(x, tuple):
+        return _laid_out(x[0], blocks, t, shape), *x[1:]
+    full = spread_after(blocks, x, t)
+    return full if shape is None else full.transpose(1, 2).unflatten(2, shape).contiguous()
 
 
 class Tower(Mixin):

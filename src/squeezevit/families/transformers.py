@@ -135,8 +135,7 @@ def _register(layer: type, layout: _Layout) -> None:
 
     @projections.register(layer)
     def _(block: Any) -> tuple[nn.Module, ...]:
-        inside = getattr(block, attn)
-        return getattr(block, norm1), *((inside.qkv,) if hasattr(inside, "qkv") else (inside.q_proj, inside.k_proj))
+        return getattr(block, norm1), *_linears(getattr(block, attn))
 
     @arguments.register(layer)
     def _(block: Any, patches: Tensor) -> dict[str, Any]:
@@ -170,21 +169,11 @@ def _register_nested(layer: type) -> None:
 
     @attention.register(layer)
     def _(block: Any, x: Tensor) -> Attention:
-        attn, x = block.attention.attention, output(block.layernorm_before, x)
-        heads, d = attn.num_attention_heads, attn.attention_head_size
-
-        def project(linear: nn.Module, x: Tensor) -> Tensor:
-            return output(linear, x).reshape(x.shape[0], x.shape[1], heads, d).transpose(1, 2)
-
-        plain = is_plain(attn.key) and recorded(attn.key) is None
-        return Attention(
-            x, heads, lambda n: project(attn.query, x[:, :n]) * attn.scaling, lambda: project(attn.key, x),
-            attn.key.weight if plain else None, attn.key.bias if plain else None,
-        )  # fmt: skip
+        return _attention(block.attention.attention, output(block.layernorm_before, x))
 
     @projections.register(layer)
     def _(block: Any) -> tuple[nn.Module, ...]:
-        return block.layernorm_before, block.attention.attention.query, block.attention.attention.key
+        return block.layernorm_before, *_linears(block.attention.attention)
 
 
 def _require_additive(attn: Any) -> None:
@@ -206,42 +195,38 @@ def _through(block: Any, names: tuple[str, ...], y: Tensor) -> Tensor:
     return y
 
 
-def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Attention:
-    heads, d = attn.config.num_attention_heads, attn.head_dim
-    q_norm, k_norm = (_Norm(getattr(attn, name, None), d) for name in ("q_norm", "k_norm"))
-    fused = hasattr(attn, "qkv")
+def _linears(attn: Any) -> tuple[nn.Module, ...]:
+    """What makes queries and keys: one map for both, and for values, or one each."""
+    if hasattr(attn, "qkv"):
+        return (attn.qkv,)
+    return (attn.q_proj, attn.k_proj) if hasattr(attn, "q_proj") else (attn.query, attn.key)
 
-    def project(which: int, norm: _Norm, x: Tensor) -> Tensor:
-        y = output(attn.qkv, x).chunk(3, dim=-1)[which] if fused else output((attn.q_proj, attn.k_proj)[which], x)
-        y = norm.whole(y)
-        y = norm.per_head(y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2))
+
+def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Attention:
+    heads = attn.config.num_attention_heads
+    d = attn.head_dim if hasattr(attn, "head_dim") else attn.attention_head_size
+    scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
+    linears, norms = _linears(attn), (getattr(attn, "q_norm", None), getattr(attn, "k_norm", None))
+    scales = [getattr(norm, "weight", None) for norm in norms]
+    sizes = [None if s is None else s.numel() for s in scales]  # None: no norm
+
+    def project(which: int, x: Tensor) -> Tensor:
+        y = output(linears[0], x).chunk(3, dim=-1)[which] if len(linears) == 1 else output(linears[which], x)
+        norm, size = norms[which], sizes[which]
+        if size not in (None, d):  # over all heads together
+            y = compute(cast(nn.Module, norm), y)
+        y = y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2)
+        if size == d:
+            y = compute(cast(nn.Module, norm), y)
         if position_embeddings is not None and y.shape[2] > 1:  # a class token alone has no place
             y = sys.modules[base_class(attn).__module__].apply_rotary_pos_emb(y, y, *position_embeddings)[0]
         return y if y.shape[1] == heads else y.repeat_interleave(heads // y.shape[1], dim=1)
 
-    scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
-    plain = position_embeddings is None and k_norm.none and not fused
-    plain = plain and is_plain(attn.k_proj) and recorded(attn.k_proj) is None
-    plain = plain and attn.k_proj.weight.shape[0] == heads * d  # heads do not share their keys
-    return Attention(
-        x, heads, lambda n: project(0, q_norm, x[:, :n]) * scale, lambda: project(1, k_norm, x),
-        attn.k_proj.weight if plain else None, attn.k_proj.bias if plain else None,
-    )  # fmt: skip
-
-
-class _Norm:
-    """Of queries or keys, over all heads together or over each."""
-
-    def __init__(self, module: nn.Module | None, head_dim: int) -> None:
-        weight = getattr(module, "weight", None)
-        self.none = weight is None
-        self._module, self._over_heads = module, weight is not None and weight.numel() != head_dim
-
-    def whole(self, y: Tensor) -> Tensor:
-        return compute(self._module, y) if self._module is not None and self._over_heads else y
-
-    def per_head(self, y: Tensor) -> Tensor:
-        return y if self._module is None or self.none or self._over_heads else compute(self._module, y)
+    key: Any = linears[-1]
+    folds = position_embeddings is None and sizes[1] is None and is_plain(key) and recorded(key) is None
+    folds = folds and key.weight.shape[0] == heads * d  # heads do not share their keys, and nothing else is in the map
+    weight, bias = (key.weight, key.bias) if folds else (None, None)
+    return Attention(x, heads, lambda n: project(0, x[:, :n]) * scale, lambda: project(1, x), weight, bias)
 
 
 class Saving(Mixin):
@@ -307,24 +292,25 @@ def _(model: PreTrainedModel) -> Description:
         raise UnsupportedError(f"{type(model).__name__} cannot be reduced ({reason})")
     names = (*TOWERS, *BACKBONES, *_WRAPPERS)
     towers: dict[str, Any] = {path: m for path, m in model.named_modules() if _name(m, names)}
-    within = [f"{path}." if path else "" for path, m in towers.items() if _name(m, BACKBONES)]  # which may hold towers themselves
-    towers = {path: m for path, m in towers.items() if not any(path != w[:-1] and path.startswith(w) for w in within)}
+    held = {part for m in towers.values() if _name(m, BACKBONES) for part in m.modules() if part is not m}  # a backbone's own
+    towers = {path: m for path, m in towers.items() if m not in held}
     if len(towers) != 1:
         raise UnsupportedError(_not_one_tower(model, list(towers)))
     (tower,) = towers.values()
-    about = _of_wrapped(tower) if _name(tower, _WRAPPERS) else _of_tower(model, tower)
+    runs = model if _takes_images(model, tower) else tower
+    about = _of_wrapped(tower) if _name(tower, _WRAPPERS) else _of_tower(model, tower, runs)
     return replace(
         about,
         mixins=((model, Saving), *about.mixins),
-        tower=None if _takes_images(model, tower) else tower,
+        tower=None if runs is model else tower,
         needs_grid=about.needs_grid or _needs_grid(model, tower),
     )
 
 
 def _takes_images(model: PreTrainedModel, tower: PreTrainedModel) -> bool:
     """Whether a model may be called with what its tower takes alone."""
-    first, towers = (next(iter(inspect.signature(m.forward).parameters)) for m in (model, tower))
-    return first == towers
+    own, towers_own = (next(iter(inspect.signature(m.forward).parameters)) for m in (model, tower))
+    return own == towers_own
 
 
 def _not_one_tower(model: PreTrainedModel, paths: list[str]) -> str:
@@ -348,12 +334,12 @@ def _of_wrapped(wrapper: PreTrainedModel) -> Description:
     return description_of(getattr(wrapper, _WRAPPERS[cast(str, _name(wrapper, _WRAPPERS))]))
 
 
-def _of_tower(model: PreTrainedModel, tower: Any) -> Description:
+def _of_tower(model: PreTrainedModel, tower: Any, runs: PreTrainedModel) -> Description:
     averages = _name(model, _AVERAGING) is not None
     head = getattr(getattr(tower, "head", None), "attention", None)
-    config, runs = tower.config, tower.get_submodule(BACKBONES.get(_name(tower, BACKBONES) or "", ""))
+    config, encoder = tower.config, tower.get_submodule(BACKBONES.get(_name(tower, BACKBONES) or "", ""))
     mixins: list[tuple[nn.Module, type]] = [(model, Averaging)] if averages else []
-    mixins += [(runs, CLIPTower if _name(tower, ("CLIPVisionModel", "MetaClip2VisionModel")) else HostedTower)]
+    mixins += [(encoder, CLIPTower if _name(tower, ("CLIPVisionModel", "MetaClip2VisionModel")) else HostedTower)]
     mixins += [(head, WeightedPooling)] if head is not None else []
     classes = getattr(config, "n_cls_tokens", TOWERS.get(_name(tower, TOWERS) or "", 1))
     size = _size(config)
@@ -368,7 +354,7 @@ def _of_tower(model: PreTrainedModel, tower: Any) -> Description:
         grids=True,
         pooled=averages or head is not None,
         inputs=_inputs(tower),
-        options=partial(_resized, model if _takes_images(model, tower) else tower, size),
+        options=partial(_resized, runs, size),
         refuse_mass=own_methods(model, ("forward",), "transformers.") if averages else _pools_by_itself(tower),
     )
 
