@@ -1,12 +1,15 @@
 """Every script of benchmarks/ starts and says what it does, and one table holds all committed results."""
 
 import json
+import logging
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -18,8 +21,10 @@ SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if "__main__" in file.
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a script in this process and return what it printed."""
+    """Run a script in this process and return what it printed; what a script sets for its own process is put back."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    levels = {name: logging.getLogger(name).level for name in ("squeezevit", "transformers")}
+    threads, alarm = torch.get_num_threads(), signal.getsignal(signal.SIGALRM)
 
     def job(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -29,7 +34,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
             assert not end.code
         return capsys.readouterr().out
 
-    return job
+    yield job
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGALRM, alarm)
 
 
 def rows_in(content: object) -> int:
