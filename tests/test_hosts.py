@@ -3,12 +3,15 @@
 import copy
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
 import transformers
+from timm.models.beit import Beit
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
 import squeezevit as sv
@@ -140,9 +143,102 @@ def test_a_tower_in_a_row(name):
     assert torch.equal(tokens(sv.restore_(model), x), dense)
 
 
+# Relative positions: a bias for each pair of tokens of the full grid
+
+SIZES = {"img_size": 56, "patch_size": 7, "embed_dim": 48, "depth": DEPTH, "num_heads": 4, "init_values": 1.0}
+KINDS_OF_BIAS = [(True, False), (False, True), (True, True), (False, False)]  # each layer's own, and one for all layers
+
+
+def beit(own: bool, shared: bool) -> nn.Module:
+    return Beit(**SIZES, use_abs_pos_emb=False, use_rel_pos_bias=own, use_shared_rel_pos_bias=shared)
+
+
+def hf_relative(name: str, own: bool, shared: bool) -> Any:
+    model_class = getattr(transformers, f"{name}ForImageClassification")
+    relative = {"use_relative_position_bias": own, "use_shared_relative_position_bias": shared}
+    return model_class(model_class.config_class(**VIT, **relative, layer_scale_init_value=1.0))
+
+
+RELATIVE: dict[str, Callable[[], nn.Module]] = {
+    **{f"beit-{own}-{shared}": partial(beit, own, shared) for own, shared in KINDS_OF_BIAS},
+    **{
+        f"{name}-{own}-{shared}": partial(hf_relative, name, own, shared)
+        for name in ("Beit", "Data2VecVision")
+        for own, shared in KINDS_OF_BIAS
+    },
+    **{
+        f"relpos-{kind}-{shared}-{token}": partial(
+            VisionTransformerRelPos, **SIZES, rel_pos_type=kind, shared_rel_pos=shared, class_token=token
+        )
+        for kind, shared, token in (("mlp", False, False), ("bias", True, True), ("mlpswin", False, True), ("bias", False, False))
+    },
+    "relpos-post-norm": partial(VisionTransformerRelPos, **SIZES, block_fn=ResPostRelPosBlock),
+}
+
+
+@pytest.mark.parametrize("name", list(RELATIVE))
+def test_relative_positions_are_those_of_the_tokens_that_are_left(name, monkeypatch):
+    """The model's own layers on all tokens, those that were removed masked: what is left is the same."""
+    model = zoo.randomize(RELATIVE[name]()).eval()
+    about, x = description_of(model), torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    patches, prefix, blocks, at = SIDE * SIDE, about.prefix, list(about.blocks), (1, 3)
+
+    def last_tokens() -> Tensor:
+        seen: list[Any] = []
+        handle = blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+        zoo.run(model, x)
+        handle.remove()
+        return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+    dense = last_tokens()
+    assert dense.shape[1] == prefix + patches
+    sv.reduce_(model, sv.TopK(keep=1.0, at=at))
+    assert torch.equal(last_tokens(), dense)
+    sv.reduce_(model, sv.TopK(keep=0.5, at=at))
+    with sv.trace(model) as t:
+        found = last_tokens()
+    sv.restore_(model)
+    left, biases = torch.arange(patches).expand(2, -1), []
+    for i in range(DEPTH):
+        hidden = torch.ones(2, prefix + patches, dtype=torch.bool)
+        hidden[:, :prefix] = False
+        biases.append(torch.zeros(hidden.shape).masked_fill(hidden.scatter(1, left + prefix, False), -1e9)[:, None, None])
+        if i in at:
+            left = left.gather(1, t.stages[at.index(i)].kept)
+    real, running = nn.functional.scaled_dot_product_attention, [-1]
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        own = biases[running[0]]
+        return real(q, k, v, attn_mask=own if attn_mask is None else attn_mask + own, **options)
+
+    def count(*_: Any) -> None:
+        running[0] += 1
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", masked)
+    handles = [block.register_forward_pre_hook(count) for block in blocks]
+    whole = last_tokens()
+    for handle in handles:
+        handle.remove()
+    index = torch.cat([torch.arange(prefix).expand(2, -1), left + prefix], dim=1)
+    torch.testing.assert_close(found, whole.gather(1, index[..., None].expand(-1, -1, whole.shape[2])), **CLOSE)
+
+
+def test_what_a_relative_tower_cannot_be_called_with():
+    model, x = zoo.build("hf-beit"), zoo.images(2)
+    sv.reduce_(model, sv.ETPS(keep=0.5))
+    with pytest.raises(UnsupportedError, match=r"BeitModel was called with a mask \(attention_mask\)"):
+        model.beit(x, attention_mask=torch.ones(2, 65))
+    with pytest.raises(UnsupportedError, match=r"a bias of shape .* for pairs of tokens, but these images have 65 tokens"):
+        model.beit.layers[1](torch.randn(2, 65, 48), resolution=(32, 32))
+    model = sv.reduce_(zoo.build("hf-data2vec"), sv.ETPS(keep=0.5))
+    with pytest.raises(UnsupportedError, match="was asked for its attention maps"):
+        model(x, output_attentions=True)
+
+
 # Backbones, which put out what left some of their blocks as images
 
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "BeitBackbone": ("BeitConfig", {"use_relative_position_bias": True, "reshape_hidden_states": True}),
     "Dinov2Backbone": ("Dinov2Config", {}),
     "Dinov2WithRegistersBackbone": ("Dinov2WithRegistersConfig", {"num_register_tokens": 3}),
     "DINOv3ViTBackbone": ("DINOv3ViTConfig", {"num_register_tokens": 3}),

@@ -17,10 +17,12 @@ import transformers
 from open_clip.model import CLIP
 from open_clip.transformer import VisionTransformer as OpenClipTower
 from timm.layers import Attention, set_reentrant_ckpt, use_reentrant_ckpt
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 import squeezevit as sv
@@ -106,7 +108,7 @@ class Kind:
     resizing: Mapping[str, Any] | None = field(default_factory=lambda: {"dynamic_img_size": True})  # options to take any image size
     resized: Mapping[str, Any] = field(default_factory=dict)  # what must then be said in every call
     features: bool = True  # whether forward_features may be called
-    rotary: bool = False
+    rotary: bool = False  # or else told the places of its tokens
     traceable: bool = True  # whether shapes and masks are no data, so that the host runs without values, compiles and exports
     packed: str = ""  # what torch's own attention, whose projections are rows of one parameter, is called in a block
 
@@ -201,6 +203,8 @@ OPEN_CLIP = partial(
     features=False,
     packed="attn",
 )
+RELATIVE = partial(EVA_ROTARY, resizing=None)
+BEIT = {"use_rel_pos_bias": True, "use_abs_pos_emb": False, "init_values": 1.0}
 DINOV3 = {"attn_type": "rope", "rope_type": "dinov3", "rope_temperature": 100, "rope_rotate_half": True, "init_values": 1.0}
 DINOV3 |= {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "num_reg_tokens": 4, "no_embed_class": True}
 MIXED = {"attn_type": "rope", "rope_type": "mixed", "rope_grid_indexing": "xy", "rope_temperature": 10.0, "qkv_fused": False}
@@ -234,6 +238,8 @@ KINDS: dict[str, Kind] = {
         rotary=True,
         reentrant=(False,),
     ),
+    "beit": RELATIVE(partial(timm_vit, cls=Beit, **BEIT), adapted=("attn.proj", "mlp.fc2"), sliced=("attn.qkv",)),
+    "relative": RELATIVE(partial(timm_vit, cls=VisionTransformerRelPos, init_values=1.0, shared_rel_pos=True)),
     "hf-vit": HUGGING_FACE(partial(hugging_face, "ViTForImageClassification"), "vit.layernorm", reading("logits")),
     "hf-deit": HUGGING_FACE(partial(hugging_face, "DeiTForImageClassificationWithTeacher"), "deit.layernorm", reading("logits")),
     "hf-dinov2": HUGGING_FACE(
@@ -262,6 +268,21 @@ KINDS: dict[str, Kind] = {
     ),
     "hf-mae": HUGGING_FACE(partial(hugging_face, "ViTMAEModel", mask_ratio=0.0), "layernorm", unmasked),
     "hf-ijepa": HUGGING_FACE(partial(hugging_face, "IJepaForImageClassification"), "ijepa.layernorm", reading("logits")),
+    "hf-beit": HUGGING_FACE(
+        partial(hugging_face, "BeitForImageClassification", use_relative_position_bias=True, layer_scale_init_value=1.0),
+        "beit.layernorm",
+        reading("logits"),
+        resized={},
+        rotary=True,
+    ),
+    "hf-data2vec": HUGGING_FACE(
+        partial(hugging_face, "Data2VecVisionForImageClassification", use_shared_relative_position_bias=True),
+        "data2vec_vision.layernorm",
+        reading("logits"),
+        adapted=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        resized={},
+        rotary=True,
+    ),
     "hf-msn": HUGGING_FACE(partial(hugging_face, "ViTMSNForImageClassification"), "vit.layernorm", reading("logits")),
     "torchvision": Kind(
         torchvision_vit,

@@ -40,6 +40,7 @@ examples/new_family.py run in CI.
 from squeezevit.core import ops
 from squeezevit.core.block import Mixin
 from squeezevit.core.cut import (
+    ANY_PAIRS,
     Description,
     TakesNoMask,
     arguments,
@@ -49,7 +50,9 @@ from squeezevit.core.cut import (
     describe,
     fingerprint,
     mlp_half,
+    pairs,
     projections,
+    trial_patches,
 )
 from squeezevit.core.evidence import Attention, is_plain, output
 from squeezevit.core.reducer import Carry, Heads, Reducer, Reduction, Stage, Staged
@@ -57,6 +60,7 @@ from squeezevit.families import multihead
 from squeezevit.reducers.catalog import Look, Method, register
 
 __all__ = [
+    "ANY_PAIRS",
     "Attention",
     "Carry",
     "Description",
@@ -80,6 +84,8 @@ __all__ = [
     "multihead",
     "ops",
     "output",
+    "pairs",
     "projections",
     "register",
+    "trial_patches",
 ]

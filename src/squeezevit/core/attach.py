@@ -92,7 +92,7 @@ def _put_into(model: Model, about: Description, reducer: Reducer, grid: bool) ->
     stages = reducer.stages(depth)
     _refuse(model, about, reducer, stages, grid)
     proofs = _proofs(about, reducer, stages)
-    positional = any(proved.per_token for proved in proofs.values())
+    positional = any(proved.per_token or proved.paired for proved in proofs.values())
     heads = _heads(model, about, reducer, len(stages))
     restore_(model)
     owner = None if heads is None else model
@@ -116,7 +116,7 @@ def _place(about: Description, state: State, proved: Proved, i: int, previous: i
     recording = Recording(proved.cut.projections(block)) if proved.records else None
     before, scored = sum(s < i for s in state.stages), state.reducer.scored and stage is not None
     vars(block)["squeezevit_site"] = Site(
-        state, i, previous, stage, before, last, proved.per_token, scored, proved.fingerprint, recording
+        state, i, previous, stage, before, last, proved.per_token, proved.tupled, scored, proved.fingerprint, recording
     )
 
 

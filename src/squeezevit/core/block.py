@@ -123,6 +123,7 @@ class Site:
     before: int
     last: bool  # no later block reads what stages left, but pooling may
     per_token: tuple[str, ...]  # arguments of the block that have a row for each patch token
+    tupled: int  # how many things the block puts out in a tuple, tokens first; 0: tokens alone
     scored: bool  # whether its stage scores by its attention
     fingerprint: Hashable  # what its proof rests on
     recording: Recording | None = None  # of what the stage takes from the block's attention
@@ -176,33 +177,33 @@ class ReducedBlock(_Library):
     squeezevit_site: Site
     squeezevit_cut: Cut
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         site, cut = self.squeezevit_site, self.squeezevit_cut
         _require_proof(self, x)
-        training, per_token = site.state.training(self), _per_token(self, args, kwargs)
+        training, (per_token, pairs) = site.state.training(self), _told(self, args, kwargs)
         forward = site.state.forwards.of(site.block, x)
         carry, leaving = site.carry_in(forward, x, training), None
         if site.place == "before":
-            attend = partial(_attend, self, x, partial(_at_places, per_token, carry))
+            attend = partial(_attend, self, x, partial(_at_places, per_token, carry), partial(_of_pairs, self, pairs, carry))
             reduction, carry = site.reduce(forward, _stage(self, x, carry, attend, training))
             x, leaving = reduction.tokens, reduction.leaving
-        here = _at_places(per_token, carry)
+        here, own = _at_places(per_token, carry), _of_pairs(self, pairs, carry)
         recording = site.recording
         try:
             if recording is not None:
                 recording.begin()
-            y = cut.attn_half(self, x, _as_bias(carry, x), **here)
+            y = cut.attn_half(self, x, _as_bias(carry, own, x), **here)
             if leaving is not None:
                 y = ops.take(y, leaving)
             if site.place == "between":
-                attend = partial(_attend, self, x, lambda: here)
+                attend = partial(_attend, self, x, lambda: here, lambda: own)
                 y = site.reduce(forward, _stage(self, y, carry, attend, training))[0].tokens
         finally:
             if recording is not None:
                 recording.drop()
         y = cut.mlp_half(self, y)
         site.leave(forward, y, training)
-        return y
+        return (y, *[None] * (site.tupled - 1)) if site.tupled else y
 
     def extra_repr(self) -> str:
         site = self.squeezevit_site
@@ -220,9 +221,9 @@ def _stage(block: ReducedBlock, tokens: Tensor, carry: Carry, attend: Callable[[
     return Stage(tokens, state.prefix, k, stage, state.class_token, carry, attend, heads, training)
 
 
-def _attend(block: ReducedBlock, x: Tensor, rows: Callable[[], dict[str, Any]]) -> Attention:
+def _attend(block: ReducedBlock, x: Tensor, rows: Callable[[], dict[str, Any]], pairs: Callable[[], Tensor | None]) -> Attention:
     """The evidence of the block's attention, where x came into the block."""
-    return block.squeezevit_cut.attention(block, x, **rows())
+    return block.squeezevit_cut.attention(block, x, **rows())._replace(pairs=pairs())
 
 
 def _require_proof(block: ReducedBlock, x: Tensor) -> None:
@@ -246,24 +247,56 @@ def _require_proof(block: ReducedBlock, x: Tensor) -> None:
     site.fingerprint = prove(cast(nn.Module, block), site.block, site.state.prefix, dim, site.scored, biased=biased).fingerprint
 
 
-def _as_bias(carry: Carry, x: Tensor) -> Tensor | None:
-    return None if carry.bias is None else carry.bias.to(x.dtype)
+def _as_bias(carry: Carry, pairs: Tensor | None, x: Tensor) -> Tensor | None:
+    """What is added to attention logits: by stages so far, and by the block itself."""
+    if carry.bias is None:
+        return pairs
+    bias = carry.bias.to(x.dtype)
+    return bias if pairs is None else pairs + bias
 
 
-def _per_token(block: ReducedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of this call, beside the tokens, that have a row per patch token. Flags are left to the library's hooks."""
+def _of_pairs(block: ReducedBlock, pairs: Tensor | None, carry: Carry) -> Tensor | None:
+    """For the tokens that are left: [1, H, P + N0, P + N0] -> [B, H, P + n, P + n]."""
+    if pairs is None:
+        return None
+    site = block.squeezevit_site
+    tokens = site.state.prefix + carry.n0
+    if tuple(pairs.shape[-2:]) != (tokens, tokens) or pairs.shape[0] != 1:
+        raise UnsupportedError(
+            f"block {site.block} has a bias of shape {list(pairs.shape)} for pairs of tokens, but these images have {tokens} "
+            "tokens; give images of the size that the model is built for, and no mask"
+        )
+    return ops.at_pairs(pairs, carry.positions, site.state.prefix)
+
+
+def _told(block: ReducedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """What this call tells beside the tokens: what has a row per patch token, and the block's bias for pairs of the full grid.
+
+    Flags are left to the library's hooks.
+    """
     site, cut = block.squeezevit_site, block.squeezevit_cut
     given = {**dict(zip(cut.parameters, args, strict=False)), **kwargs}
-    if site.state.forward.unmasked:
+    mask = given.get("attention_mask")
+    if site.state.forward.unmasked and ("attention_mask" not in cut.paired or _is_boolean(mask)):
         given.pop("attention_mask", None)
+    pairs = cut.pairs(block, **{name: given.pop(name) for name in cut.paired if name in given}) if cut.paired else None
     others = {n: v for n, v in given.items() if n not in site.per_token and not _hides_nothing(n, v)}
+    if site.tupled and others.get("output_attentions"):
+        raise UnsupportedError(
+            f"block {site.block}, {base_class(cast(nn.Module, block)).__qualname__}, was asked for its attention maps "
+            "(output_attentions=True), which a reduced block of this class does not put out; sv.restore_ the model first"
+        )
     masks = [n for n, v in others.items() if has_rows(v) or (n == "is_causal" and v)]
     if masks:
         raise UnsupportedError(
             f"block {site.block}, {base_class(cast(nn.Module, block)).__qualname__}, was called with a mask ({', '.join(masks)}); "
             "masks of the full grid do not fit reduced tokens: call the model without, or sv.restore_ it first"
         )
-    return {name: given[name] for name in site.per_token if given.get(name) is not None}
+    return {name: given[name] for name in site.per_token if given.get(name) is not None}, pairs
+
+
+def _is_boolean(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool
 
 
 def _hides_nothing(name: str, value: Any) -> bool:

@@ -25,6 +25,7 @@ _FAMILIES = {  # a library's module: the family that is imported once that is
     "torchvision.models.vision_transformer": "torchvision",
     "open_clip.transformer": "open_clip",
 }
+ANY_PAIRS = object()  # among `arguments`: a trial puts numbers for pairs of tokens there, [1, 1, P + N, P + N]
 RECIPE = "register attn_half, mlp_half and attention for its class as described in squeezevit.extend"
 
 
@@ -78,6 +79,7 @@ def _unsupported(block: nn.Module, what: str) -> NoReturn:
 def attn_half(block: nn.Module, x: Tensor, bias: Tensor | None = None, **per_token: Any) -> Tensor:
     """Attention with its residual: [B, T, C] -> [B, T, C]; `bias` is added to the attention logits, or raises TakesNoMask.
 
+    Where the block has `pairs`, these are in the bias, [B, H, T, T], and the block adds none of its own.
     per_token: those of `arguments` that have a row per patch token, for the tokens that are there: [B, 1, N, D].
     """
     _unsupported(block, "no attn_half")
@@ -109,9 +111,24 @@ def arguments(block: nn.Module, patches: Tensor) -> dict[str, Any]:
     """What a block must be called with beside its tokens, for a trial with N patch tokens [N, C] of the wanted device and dtype.
 
     Tensors among them (or tuples of tensors) have a row per patch token, [N, D], as rotary embeddings; the rows of tokens that
-    leave are taken out wherever the block is called.
+    leave are taken out wherever the block is called. ANY_PAIRS stands for a bias for each pair of tokens (see `pairs`).
     """
     return {}
+
+
+@singledispatch
+def pairs(block: nn.Module, **given: Any) -> Tensor | None:
+    """What a block adds to its attention logits for each pair of tokens of the full grid, [1, H, P + N0, P + N0], or None.
+
+    Relative-position biases are such. given: what the block is called with under the names of the handler's own parameters.
+    """
+    return None
+
+
+@singledispatch
+def trial_patches(block: nn.Module) -> int:
+    """How many patch tokens a trial of the block has; those of its grid where `pairs` are laid out for one."""
+    return 6
 
 
 @singledispatch
@@ -173,6 +190,9 @@ class Cut:
     attention: Callable[..., Attention]
     projections: Callable[..., tuple[nn.Module, ...]]
     arguments: Callable[..., dict[str, Any]]
+    pairs: Callable[..., Tensor | None]
+    paired: tuple[str, ...]  # arguments of the block that its pairs come from
+    trial_patches: Callable[..., int]
     fingerprint: Callable[..., Hashable]
     parameters: tuple[str, ...]  # of the block's forward, after its tokens
 
@@ -181,7 +201,10 @@ def cut(block_class: type) -> Cut:
     parameters = tuple(inspect.signature(cast(Any, block_class).forward).parameters)[2:]
     halves = attn_half.dispatch(block_class), mlp_half.dispatch(block_class)
     evidence = attention.dispatch(block_class), projections.dispatch(block_class)
-    return Cut(*halves, *evidence, arguments.dispatch(block_class), fingerprint.dispatch(block_class), parameters)
+    own = pairs.dispatch(block_class)
+    paired = tuple(inspect.signature(own).parameters)[1:] if own is not pairs.dispatch(object) else ()
+    given, patches = arguments.dispatch(block_class), trial_patches.dispatch(block_class)
+    return Cut(*halves, *evidence, given, own, paired, patches, fingerprint.dispatch(block_class), parameters)
 
 
 def base_class(module: nn.Module) -> type:

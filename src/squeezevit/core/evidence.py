@@ -17,6 +17,7 @@ class Attention(NamedTuple):
     key: Callable[[], Tensor]  # [B, H, T, d], after any norm and rotation
     key_weight: Tensor | None = None  # [H*d, C] where keys are this plain linear map of x, else None
     key_bias: Tensor | None = None  # [H*d], of that map
+    pairs: Tensor | None = None  # [1 or B, H, T, T], what the block adds to the logits of each pair; no family has to give it
 
 
 class Recorder:

@@ -21,7 +21,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 def class_attention(query: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention row of one query token, mean over heads, from scaled queries and keys.
 
-    Shapes: query [B, H, d], keys [B, H, T, d], bias [B, 1, 1, T] or None -> [B, T], float32.
+    Shapes: query [B, H, d], keys [B, H, T, d], bias [1 or B, 1 or H, 1, T] or None -> [B, T], float32.
     softmax(q k^T), eq. 3 of Liang et al. 2022 (EViT); the scale is already in the query.
 
     >>> class_attention(torch.zeros(1, 2, 4), torch.rand(1, 2, 5, 4)).tolist()
@@ -49,7 +49,7 @@ def class_attention_folded(query: Tensor, key_weight: Tensor, x: Tensor, bias: T
 def received_attention(query: Tensor, keys: Tensor, bias: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
     """The attention each token receives, mean over heads and over queries (a query counts `mass` times).
 
-    Shapes: query (scaled) and keys [B, H, T, d], bias [B, 1, 1, T], mass [B, T] -> [B, T], float32; rows sum to 1.
+    Shapes: query (scaled) and keys [B, H, T, d], bias [1 or B, 1 or H, 1 or T, T], mass [B, T] -> [B, T], float32; rows sum to 1.
     One head and one block of queries at a time, so that no [B, H, T, T] and, where T is large, no [B, T, T] tensor exists.
     """
     B, H, T, _ = keys.shape
@@ -61,14 +61,20 @@ def received_attention(query: Tensor, keys: Tensor, bias: Tensor | None = None, 
             q, k = query[:, h].float(), keys[:, h].float().transpose(1, 2)
             for first, end in _blocks(T, T):
                 logits = q[:, first:end] @ k  # (B, rows, T)
-                logits = logits if bias is None else logits + bias[:, 0].float()
+                logits = logits if bias is None else logits + _of_queries(bias, h, first, end).float()
                 received = received + weight[..., first:end] @ logits.softmax(dim=-1)
     return received.squeeze(1) / H
 
 
 def _mean_softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
-    logits = logits if bias is None else logits + bias[:, 0].float()
+    logits = logits if bias is None else logits + bias[:, :, 0].float()
     return logits.softmax(dim=-1).mean(dim=1)
+
+
+def _of_queries(bias: Tensor, head: int, first: int, end: int) -> Tensor:
+    """What is added to one head's logits of the queries from `first` to `end`: [1 or B, 1 or rows, T]."""
+    own = bias[:, head] if bias.shape[1] > 1 else bias[:, 0]
+    return own[:, first:end] if own.shape[1] > 1 else own
 
 
 def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -146,6 +152,20 @@ def at_positions(table: Tensor, positions: Tensor) -> Tensor:
         return table.gather(2, positions[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
     rows = table.index_select(-2, positions.flatten()).unflatten(-2, positions.shape)  # ([H,] B, n, D)
     return rows[:, None] if rows.dim() == 3 else rows.transpose(0, 1)
+
+
+def at_pairs(pairs: Tensor, positions: Tensor | None, prefix: int) -> Tensor:
+    """Rows and columns of what is known of each pair of tokens, for prefix tokens and the patches each image has left.
+
+    Shapes: [1, H, P + N0, P + N0], positions [B, n] -> [B, H, P + n, P + n]; positions None: all patches are there.
+    """
+    if positions is None:
+        return pairs
+    first = torch.arange(prefix, device=positions.device).expand(positions.shape[0], -1)
+    rows = torch.cat([first, positions + prefix], dim=1)
+    flat = rows[:, :, None] * pairs.shape[-1] + rows[:, None]  # (B, T, T)
+    found = pairs[0].flatten(1).index_select(1, flat.flatten())
+    return found.view(pairs.shape[1], *flat.shape).transpose(0, 1)
 
 
 def _flat(index: Tensor, rows: int) -> Tensor:

@@ -7,7 +7,7 @@ block really computes, head by head.
 
 import logging
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from squeezevit.core import ops
-from squeezevit.core.cut import RECIPE, Cut, TakesNoMask, base_class, cut, knows
+from squeezevit.core.cut import ANY_PAIRS, RECIPE, Cut, TakesNoMask, base_class, cut, knows
 from squeezevit.core.evidence import Attention, Recording, forget_
 from squeezevit.core.running import evaluation_mode, without_hooks
 from squeezevit.errors import UnsupportedError
@@ -30,13 +30,15 @@ class Proved(NamedTuple):
 
     cut: Cut
     per_token: tuple[str, ...]  # arguments that have a row for each patch token
+    paired: bool  # whether it has a bias for each pair of tokens
+    tupled: int  # how many things it puts out in a tuple, of which all but the first are None; 0: tokens alone
     records: bool  # whether a stage may take norm, queries and keys from the block's attention
     fingerprint: Hashable
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A block, its handlers, random tokens of two images with six patches each, and what it is called with beside them."""
+    """A block, its handlers, random tokens of two images with six patches or more, and what it is called with beside them."""
 
     block: nn.Module
     name: str
@@ -48,7 +50,25 @@ class _Trial:
     @property
     def rows(self) -> dict[str, Any]:
         """Those of the arguments that have a row for each patch token."""
-        return {name: value for name, value in self.arguments.items() if has_rows(value)}
+        return {n: value for n, value in self.arguments.items() if has_rows(value) and n not in self.cut.paired}
+
+    @property
+    def pairs(self) -> Tensor | None:
+        """What the block adds for each pair of tokens."""
+        return self.cut.pairs(self.block, **{n: value for n, value in self.arguments.items() if n in self.cut.paired})
+
+    @property
+    def patches(self) -> int:
+        return self.x.shape[1] - self.prefix
+
+    def attend(self, x: Tensor, places: Sequence[int] | None = None, bias: Tensor | None = None) -> Tensor:
+        """The half with attention, for tokens of the patches at these places, None: of all in their order."""
+        rows = self.rows if places is None else {n: _rows(value, tuple(places)) for n, value in self.rows.items()}
+        own, at = self.pairs, None if places is None else torch.tensor([places], device=x.device).expand(x.shape[0], -1)
+        if own is not None:
+            own = ops.at_pairs(own, at, self.prefix)
+            bias = own if bias is None else own + bias
+        return self.cut.attn_half(self.block, x, bias, **rows)
 
 
 def has_rows(value: Any) -> bool:
@@ -81,9 +101,10 @@ def prove(
         trial = _trial(block, index, name, handlers, prefix, dim)
         if trial.x.is_meta:
             logger.warning("block %d is on the meta device: its cut is not proved; call reduce_ again after loading weights", index)
-            return Proved(handlers, tuple(trial.rows), False, handlers.fingerprint(block))
+            tupled = _tupled(_whole(trial))
+            return Proved(handlers, tuple(trial.rows), trial.pairs is not None, tupled, False, handlers.fingerprint(block))
         with evaluation_mode(block), without_hooks(block), ops.no_autocast(trial.x):
-            _prove_halves(trial)
+            tupled = _prove_halves(trial)
             try:
                 _prove_bias(trial)
             except TakesNoMask:
@@ -92,7 +113,8 @@ def prove(
                 _prove_order(trial)
             if scored:
                 _prove_scores(trial)
-            return Proved(handlers, tuple(trial.rows), records and _records_alike(trial), handlers.fingerprint(block))
+            recorded = records and _records_alike(trial)
+            return Proved(handlers, tuple(trial.rows), trial.pairs is not None, tupled, recorded, handlers.fingerprint(block))
 
 
 @contextmanager
@@ -117,34 +139,46 @@ def _explained(name: str) -> Iterator[None]:
 def _trial(block: nn.Module, index: int, name: str, handlers: Cut, prefix: int, dim: int) -> _Trial:
     parameter = next(block.parameters())
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    x = torch.randn(2, prefix + 6, dim, generator=torch.Generator().manual_seed(index), device="cpu").to(parameter.device, dtype)
-    return _Trial(block, name, handlers, prefix, x, handlers.arguments(block, x[0, prefix:]))
+    tokens = prefix + handlers.trial_patches(block)
+    x = torch.randn(2, tokens, dim, generator=torch.Generator().manual_seed(index), device="cpu").to(parameter.device, dtype)
+    some = torch.outer(x[0, :, 0], x[0, :, 1])[None, None]  # for pairs of tokens
+    given = {name: some if value is ANY_PAIRS else value for name, value in handlers.arguments(block, x[0, prefix:]).items()}
+    return _Trial(block, name, handlers, prefix, x, given)
 
 
-def _prove_halves(t: _Trial) -> None:
-    whole = base_class(t.block).forward(t.block, t.x, **t.arguments)  # type: ignore[attr-defined]
-    halves = t.cut.mlp_half(t.block, t.cut.attn_half(t.block, t.x, **t.rows))
-    _require_close(t, whole, halves, "its two halves do not add up to its forward")
+def _whole(t: _Trial) -> Any:
+    return base_class(t.block).forward(t.block, t.x, **t.arguments)  # type: ignore[attr-defined]
+
+
+def _tupled(whole: Any) -> int:
+    return len(whole) if isinstance(whole, tuple) and all(y is None for y in whole[1:]) else 0
+
+
+def _prove_halves(t: _Trial) -> int:
+    """Also how many things the block puts out in a tuple."""
+    whole = _whole(t)
+    tupled = _tupled(whole)
+    halves = t.cut.mlp_half(t.block, t.attend(t.x))
+    _require_close(t, whole[0] if tupled else whole, halves, "its two halves do not add up to its forward")
+    return tupled
 
 
 def _prove_bias(t: _Trial) -> None:
     """By what it is used for: a token with log(2) must count as much as the same token twice."""
     x = torch.cat([t.x[:, :-1], t.x[:, -2:-1]], dim=1)
-    twice = {name: _rows(value, (0, 1, 2, 3, 4, 4)) for name, value in t.rows.items()}
-    once = {name: _rows(value, (0, 1, 2, 3, 4)) for name, value in t.rows.items()}
-    bias = x.new_zeros(2, 1, 1, t.prefix + 5)
+    once = range(t.patches - 1)
+    bias = x.new_zeros(2, 1, 1, t.prefix + len(once))
     bias[..., -1] = math.log(2)
-    counted = t.cut.attn_half(t.block, x[:, :-1], bias, **once)
-    expected = t.cut.attn_half(t.block, x, **twice)[:, :-1]
+    counted = t.attend(x[:, :-1], once, bias)
+    expected = t.attend(x, (*once, once[-1]))[:, :-1]
     _require_close(t, expected, counted, "its attention does not take an additive bias")
 
 
 def _prove_order(t: _Trial) -> None:
     """Without a bias: every token sees all others, wherever they lie, as those within windows of a grid do not."""
-    order = (3, 0, 5, 1, 4, 2)
+    order = torch.randperm(t.patches, generator=torch.Generator().manual_seed(0)).tolist()
     place = torch.tensor([*range(t.prefix), *(t.prefix + i for i in order)], device=t.x.device)
-    moved = t.cut.attn_half(t.block, t.x[:, place], **{name: _rows(value, order) for name, value in t.rows.items()})
-    expected = t.cut.attn_half(t.block, t.x, **t.rows)[:, place]
+    moved, expected = t.attend(t.x[:, place], order), t.attend(t.x)[:, place]
     _require_close(t, expected, moved, "its attention depends on the order of its tokens")
 
 
@@ -155,9 +189,10 @@ def _rows(value: Any, rows: tuple[int, ...]) -> Any:
 def _prove_scores(t: _Trial) -> None:
     """The rows that scores come from are those of the attention that really runs, each head's."""
     a = t.cut.attention(t.block, t.x, **t.rows)
-    claimed = (a.query(None).float() @ a.key().float().transpose(2, 3)).softmax(dim=-1)
+    logits, own = a.query(None).float() @ a.key().float().transpose(2, 3), t.pairs
+    claimed = (logits if own is None else logits + own).softmax(dim=-1)
     with _Seen() as seen, _plain_attention():
-        t.cut.attn_half(t.block, t.x, **t.rows)
+        t.attend(t.x)
     real = next((m for m in seen.maps if m.shape == claimed.shape), seen.maps[0] if seen.maps else None)
     if real is None:
         raise UnsupportedError(
@@ -186,7 +221,9 @@ class _Seen(TorchDispatchMode):
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             scale = (kwargs or {}).get("scale")
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            self.maps.append((query.float() @ key.float().transpose(2, 3) * scale).softmax(dim=-1))
+            logits = query.float() @ key.float().transpose(2, 3) * scale
+            mask = (kwargs or {}).get("attn_mask", args[3] if len(args) > 3 and isinstance(args[3], Tensor) else None)
+            self.maps.append((logits if mask is None else logits + mask).softmax(dim=-1))
         elif name in ("_softmax", "_safe_softmax") and out.dim() in (3, 4) and out.shape[-1] == out.shape[-2]:
             self.maps.append(out if out.dim() == 4 else out[None])
         return out
@@ -221,7 +258,7 @@ def _records_alike(t: _Trial) -> bool:
     computed, recording = evidence(), Recording(modules)
     recording.begin()
     try:
-        t.cut.attn_half(t.block, t.x, **t.rows)
+        t.attend(t.x)
         found = evidence()
     finally:
         for module in modules:

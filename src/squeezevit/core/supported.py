@@ -6,10 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 
 _WINDOWS = "it attends within windows of the grid, which reduced tokens do not fill"
-_RELATIVE = (
-    "its relative-position bias has an entry for each pair of patches of the full grid, which is not gathered; a ViT with absolute "
-    "or rotary positions can be reduced"
-)
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,8 @@ TOWERS = {  # of Hugging Face: prefix tokens without registers
     "SiglipVisionModel": 0,
     "Siglip2VisionModel": 0,
     "Aimv2VisionModel": 0,
+    "BeitModel": 1,
+    "Data2VecVisionModel": 1,
     "AltCLIPVisionModel": 1,
     "ASTModel": 2,
     "BlipVisionModel": 1,
@@ -93,6 +91,7 @@ BACKBONES = {  # of Hugging Face: what runs the blocks in them, and puts out wha
     "Dinov2WithRegistersBackbone": "encoder",
     "DINOv3ViTBackbone": "model",
     "PixioBackbone": "pixio",
+    "BeitBackbone": "beit",
     "Sapiens2Backbone": "model",
     "Tipsv2VisionBackbone": "encoder",
 }
@@ -100,6 +99,7 @@ ANY_COUNT = (  # of Hugging Face: what is around a tower and takes any number of
     *(f"{name}ForImageClassification" for name in ("ViT", "DeiT", "ViTMSN", "IJepa", "Dinov2", "Dinov2WithRegisters")),
     *(f"{name}ForImageClassification" for name in ("CLIP", "Siglip", "MetaClip2")),
     "DeiTForImageClassificationWithTeacher", "ASTForAudioClassification",
+    "BeitForImageClassification", "Data2VecVisionForImageClassification",
     *(f"{name}ForVideoClassification" for name in ("VideoMAE", "Vivit")),
     *(f"{name}ForConditionalGeneration" for name in ("Blip", "Blip2")),
     *(f"{name}Model" for name in ("CLIP", "Siglip", "Siglip2", "MetaClip2", "AltCLIP", "ChineseCLIP", "CLIPSeg", "OwlViT")),
@@ -114,10 +114,8 @@ TABLE = (
         "timm",
         "1.0.20",
         "1.1",
-        ("VisionTransformer", "VisionTransformerDistilled", "Eva", "NaFlexVit"),
+        ("VisionTransformer", "VisionTransformerDistilled", "Eva", "NaFlexVit", "Beit", "VisionTransformerRelPos"),
         {
-            "Beit": _RELATIVE,
-            "VisionTransformerRelPos": _RELATIVE,
             "VisionTransformerSAM": _WINDOWS,
             "SwinTransformer": _WINDOWS,
             "SwinTransformerV2": _WINDOWS,
@@ -132,11 +130,7 @@ TABLE = (
         "5.18",
         "5.25",
         (*TOWERS, *BACKBONES),
-        {
-            "BeitModel": _RELATIVE,
-            "Data2VecVisionModel": _RELATIVE,
-            "SwinModel": _WINDOWS,
-        },
+        {"SwinModel": _WINDOWS},
         "alone, under their own heads (classification, CLIPModel, SiglipModel) and, with `grid=True`, inside whatever lays their "
         "tokens out or counts them (depth, segmentation, detection, vision-language models); timm's models inside TimmWrapper and "
         "TimmBackbone; sdpa and eager attention; images of variable size without padding",

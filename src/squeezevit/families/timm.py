@@ -1,4 +1,4 @@
-"""timm's VisionTransformer and Eva: ViT, DeiT, DINOv2, CLIP, SigLIP, MAE, EVA, DINOv3, PE and all others of plain blocks."""
+"""timm's VisionTransformer, Eva and Beit: ViT, DeiT, DINOv2, CLIP, SigLIP, MAE, EVA, DINOv3, PE and all others of plain blocks."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -7,18 +7,35 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from timm.layers import AttentionRope, apply_rot_embed_cat
-from timm.models import eva, vision_transformer
+from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 from timm.models._features import FeatureGetterNet
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
+from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
-from squeezevit.core.cut import Description, arguments, attention, attn_half, convert, describe, mlp_half, projections
+from squeezevit.core.block import State
+from squeezevit.core.cut import (
+    ANY_PAIRS,
+    Description,
+    arguments,
+    attention,
+    attn_half,
+    convert,
+    describe,
+    mlp_half,
+    pairs,
+    projections,
+    trial_patches,
+)
 from squeezevit.core.evidence import Attention, compute, is_plain, output, recorded
 from squeezevit.core.trace import Trace
 from squeezevit.errors import CheckpointError, UnsupportedError
-from squeezevit.families.tokens import Intermediates, full_weights, on_grid, own_methods, traced, weighted
+from squeezevit.families.tokens import Intermediates, Without, full_weights, on_grid, own_methods, traced, weighted
 
 
 @attn_half.register
@@ -83,14 +100,94 @@ def _(block: EvaBlockPostNorm, x: Tensor, rope: Tensor | None = None) -> Attenti
     return _attention(block.attn, x, rope)
 
 
+@attn_half.register
+def _(block: BeitBlock, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    if block.attn.relative_position_bias_table is None and bias is not None and len(bias) == 1:
+        bias = bias[0]  # as the library has it, for the sake of the last bits
+    y = Without(block.attn, relative_position_bias_table=None)(block.norm1(x), shared_rel_pos_bias=bias)
+    return x + block.drop_path1(y if block.gamma_1 is None else block.gamma_1 * y)
+
+
+@mlp_half.register
+def _(block: BeitBlock, x: Tensor) -> Tensor:
+    y = block.mlp(block.norm2(x))
+    return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
+
+
+@pairs.register
+def _(block: BeitBlock, shared_rel_pos_bias: Tensor | None = None) -> Tensor | None:
+    own = None if block.attn.relative_position_bias_table is None else block.attn._get_rel_pos_bias()
+    shared = shared_rel_pos_bias if shared_rel_pos_bias is None or shared_rel_pos_bias.dim() == 4 else shared_rel_pos_bias[None]
+    return own if shared is None else shared if own is None else own + shared
+
+
+@attn_half.register
+def _(block: RelPosBlock, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x + block.drop_path1(block.ls1(Without(block.attn, rel_pos=None)(block.norm1(x), shared_rel_pos=bias)))
+
+
+@mlp_half.register
+def _(block: RelPosBlock, x: Tensor) -> Tensor:
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+@attn_half.register
+def _(block: ResPostRelPosBlock, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x + block.drop_path1(block.norm1(Without(block.attn, rel_pos=None)(x, shared_rel_pos=bias)))
+
+
+@mlp_half.register
+def _(block: ResPostRelPosBlock, x: Tensor) -> Tensor:
+    return x + block.drop_path2(block.norm2(block.mlp(x)))
+
+
+@pairs.register(RelPosBlock)
+@pairs.register(ResPostRelPosBlock)
+def _(block: Any, shared_rel_pos: Tensor | None = None) -> Tensor | None:
+    return shared_rel_pos if block.attn.rel_pos is None else block.attn.rel_pos.get_bias()
+
+
+@arguments.register
+def _(block: BeitBlock, patches: Tensor) -> dict[str, Any]:
+    return {"shared_rel_pos_bias": ANY_PAIRS}
+
+
+@arguments.register(RelPosBlock)
+@arguments.register(ResPostRelPosBlock)
+def _(block: Any, patches: Tensor) -> dict[str, Any]:
+    return {"shared_rel_pos": ANY_PAIRS} if block.attn.rel_pos is None else {}
+
+
+@trial_patches.register(BeitBlock)
+@trial_patches.register(RelPosBlock)
+@trial_patches.register(ResPostRelPosBlock)
+def _(block: Any) -> int:
+    window = getattr(getattr(block.attn, "rel_pos", block.attn), "window_size", None)
+    return 6 if window is None else window[0] * window[1]
+
+
+@attention.register(BeitBlock)
+@attention.register(RelPosBlock)
+def _(block: Any, x: Tensor) -> Attention:
+    return _attention(block.attn, output(block.norm1, x))
+
+
+@attention.register
+def _(block: ResPostRelPosBlock, x: Tensor) -> Attention:
+    return _attention(block.attn, x)
+
+
 @projections.register(Block)
+@projections.register(BeitBlock)
+@projections.register(RelPosBlock)
+@projections.register(ResPostRelPosBlock)
 @projections.register(ResPostBlock)
 @projections.register(EvaBlock)
 @projections.register(EvaBlockPostNorm)
 def _(block: Any) -> tuple[nn.Module, ...]:
     names = ("q_proj", "k_proj") if getattr(block.attn, "qkv", None) is None else ("qkv",)
     found = [m for name in names if isinstance(m := getattr(block.attn, name, None), nn.Module)]
-    norm = None if isinstance(block, ResPostBlock | EvaBlockPostNorm) else getattr(block, "norm1", None)
+    norm = None if isinstance(block, ResPostBlock | EvaBlockPostNorm | ResPostRelPosBlock) else getattr(block, "norm1", None)
     before = (norm,) if isinstance(norm, nn.Module) else ()
     return (*before, *found) if len(found) == len(names) else ()
 
@@ -102,14 +199,15 @@ def _(block: Any, patches: Tensor) -> dict[str, Any]:
 
 
 def _attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Attention:
-    known = next((c for c in (TimmAttention, AttentionRope, EvaAttention) if type(attn).forward is c.forward), None)
+    plain = TimmAttention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention
+    known = next((c for c in plain if type(attn).forward is c.forward), None)
     if known is None:
         raise UnsupportedError(
             f"attention of class {type(attn).__module__}.{type(attn).__qualname__} has no plain rows to score by; choose a "
             "reducer with another score (DTPS, Random), or register squeezevit.extend.attention for its block"
         )
     known_keys = recorded(attn.k_proj if attn.qkv is None else attn.qkv) is not None
-    folds = rope is None and isinstance(attn.k_norm, nn.Identity) and not known_keys
+    folds = rope is None and isinstance(_norm(attn, 1), nn.Identity) and not known_keys
     weight, bias = _weights(attn, 1) if folds else (None, None)
     if weight is not None and weight.shape[0] != attn.num_heads * _head_dim(attn):  # heads that share their keys
         weight = bias = None
@@ -131,7 +229,7 @@ def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
         y = y if own is None else y + own
     d = _head_dim(attn)
     y = y.reshape(y.shape[0], y.shape[1], int(y.shape[2]) // d, d).transpose(1, 2)  # unflatten fixes the batch size in ONNX
-    y = compute((attn.q_norm, attn.k_norm)[which], y)
+    y = compute(_norm(attn, which), y)
     prefix = 0 if rope is None else attn.num_prefix_tokens
     if rope is not None and y.shape[2] > prefix:
         rotated = apply_rot_embed_cat(y[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
@@ -139,6 +237,14 @@ def _project(attn: Any, which: int, x: Tensor, rope: Tensor | None) -> Tensor:
     if not which:
         return y * (d**-0.5 if attn.fused_attn else attn.scale)  # fused attention has the scale of its width, whatever is set
     return y if y.shape[1] == attn.num_heads else y.repeat_interleave(attn.num_heads // y.shape[1], dim=1)
+
+
+def _norm(attn: Any, which: int) -> nn.Module:
+    """Of queries (0) or keys (1); BEiT's attention has none."""
+    return getattr(attn, ("q_norm", "k_norm")[which], _NO_NORM)
+
+
+_NO_NORM = nn.Identity()
 
 
 def _weights(attn: Any, which: int) -> tuple[Tensor | None, Tensor | None]:
@@ -200,10 +306,7 @@ class ReducedVisionTransformer(ReducedFeatures):
         state = self.squeezevit_state
         follows = state.stages and state.reducer.follows(state.training(self))
         if follows and not hasattr(x, "squeezevit_weights") and self._pools_patches(pool_type):
-            raise UnsupportedError(
-                f"these features have lost the weights that {state.reducer} gave their tokens, which pooling needs; pool the very "
-                "tensor that forward_features returned"
-            )
+            raise UnsupportedError(_lost(state))
         return self._pool(x, pool_type, getattr(x, "squeezevit_weights", None))
 
     def _pools_patches(self, pool_type: str | None) -> bool:
@@ -238,6 +341,24 @@ class ReducedEva(ReducedVisionTransformer):
 
     def _first_pooled(self) -> int:
         return 0 if self.attn_pool is not None else self.num_prefix_tokens
+
+
+class ReducedRelative(ReducedFeatures):
+    """The same for models whose head takes the mean of its tokens, or the class token, itself."""
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        state = self.squeezevit_state
+        follows = state.stages and state.reducer.follows(state.training(cast(nn.Module, self)))
+        if follows and self.global_pool == "avg" and not hasattr(x, "squeezevit_weights"):
+            raise UnsupportedError(_lost(state))
+        return super().forward_head(weighted(x, getattr(x, "squeezevit_weights", None), state.prefix), pre_logits=pre_logits)
+
+
+def _lost(state: State) -> str:
+    return (
+        f"these features have lost the weights that {state.reducer} gave their tokens, which pooling needs; pool the very tensor "
+        "that forward_features returned"
+    )
 
 
 class ReducedNaFlexVit(ReducedFeatures):
@@ -297,7 +418,13 @@ def _(model: Eva) -> Description:
     return _host(model, ReducedEva, model.cls_token is not None)
 
 
-def _host(model: VisionTransformer | Eva, mixin: type, class_token: bool) -> Description:
+@describe.register(Beit)
+@describe.register(VisionTransformerRelPos)
+def _(model: Any) -> Description:
+    return _host(model, ReducedRelative, model.cls_token is not None)
+
+
+def _host(model: Any, mixin: type, class_token: bool) -> Description:
     size = getattr(model.patch_embed, "img_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return Description(
@@ -321,16 +448,21 @@ def _(model: FeatureGetterNet) -> Description:
     return replace(describe(model.model), needs_grid=maps)
 
 
-def _refuse_mass(model: VisionTransformer | Eva) -> str:
+def _refuse_mass(model: Any) -> str:
     if model.global_pool == "prr":
         return "its 'prr' pooling attends without a mask"
-    return own_methods(model, ("forward", "forward_features", "forward_head", "pool"), "timm.")
+    names = ("forward", "forward_features", "forward_head", "pool")
+    return own_methods(model, [name for name in names if hasattr(model, name)], "timm.")
 
 
 @convert.register(VisionTransformer)
 @convert.register(Eva)
+@convert.register(Beit)
+@convert.register(VisionTransformerRelPos)
 def _(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    converter = eva.checkpoint_filter_fn if isinstance(model, Eva) else vision_transformer.checkpoint_filter_fn
+    own = {Eva: eva, Beit: beit, VisionTransformerRelPos: vision_transformer_relpos}
+    library: Any = next((module for kind, module in own.items() if isinstance(model, kind)), vision_transformer)
+    converter = library.checkpoint_filter_fn
     try:
         with torch.no_grad():
             return converter(state_dict, model)

@@ -178,6 +178,37 @@ def _with_tokens(out: Any, tokens: Tensor) -> Any:
     return out
 
 
+class Without:
+    """A module as its own forward sees it, but for a few attributes; calling it runs that forward and the module's hooks.
+
+    So attention leaves out a bias of its own that `pairs` gives, without a change to the module, which other threads may run.
+    """
+
+    def __init__(self, module: nn.Module, **instead: Any) -> None:
+        self.__dict__.update(module=module, instead=instead)
+
+    def __getattr__(self, name: str) -> Any:
+        instead = self.__dict__["instead"]
+        return instead[name] if name in instead else getattr(self.__dict__["module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.__dict__["module"]).forward(self, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.__dict__["module"]
+        hooked = module._forward_hooks or module._forward_pre_hooks or not torch.compiler.is_compiling()
+        return type(module)._call_impl(self, *args, **kwargs) if hooked else self.forward(*args, **kwargs)
+
+
+class PoolingMean(Mixin):
+    """A module that pools tokens by the plain mean of patches: a token counts by its weight."""
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        state = self.squeezevit_state
+        weights = state.final_weights(cast(nn.Module, self), last=False)
+        return super().forward(weighted(tokens, weights, state.prefix), *args, **kwargs)
+
+
 class Averaging(Mixin):
     """A model that takes the plain mean of its tower's patch tokens."""
 

@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from squeezevit.core.block import Mixin
 from squeezevit.core.cut import (
+    ANY_PAIRS,
     Description,
     TakesNoMask,
     arguments,
@@ -26,13 +27,15 @@ from squeezevit.core.cut import (
     fingerprint,
     knows,
     mlp_half,
+    pairs,
     projections,
+    trial_patches,
 )
 from squeezevit.core.evidence import Attention, compute, is_plain, output, recorded
 from squeezevit.core.reducer import Reducer
 from squeezevit.core.supported import ANY_COUNT, BACKBONES, TOWERS, refusal
 from squeezevit.errors import UnsupportedError
-from squeezevit.families.tokens import Averaging, Tower, WeightedPooling, own_methods
+from squeezevit.families.tokens import Averaging, PoolingMean, Tower, WeightedPooling, Without, own_methods
 from squeezevit.reducers import to_dict
 
 
@@ -55,8 +58,9 @@ _CLIP = _Layout("layer_norm1", "self_attn", "layer_norm2", residual_first=True)
 _PIXIO = _VIT._replace(after_attn=("dropout", "drop_path"), after_mlp=("dropout", "drop_path"))
 _AIMV2 = _Layout("rms_norm1", "attention", "rms_norm2", mlp="ffn", residual_first=True)
 _INTERNVL = _VIT._replace(after_attn=("lambda_1",), after_mlp=("dropout", "lambda_2"))
+_BEIT = _VIT._replace(after_attn=("dropout", "lambda_1", "drop_path"), after_mlp=("dropout", "lambda_2", "drop_path"))
 _FUSED = _Layout("layer_norm1", "self_attn", "layer_norm2", masked=False)  # queries, keys and values by one map
-_LAYERS: dict[str, tuple[str, _Layout | None]] = {  # by package of transformers.models; None: as ViT was laid out in transformers 4
+_LAYERS: dict[str, tuple[str, _Layout | None]] = {  # by package, or module, of transformers.models; None: as ViT was in version 4
     "vit": ("ViTLayer", _VIT),
     "deit": ("DeiTLayer", _VIT),
     "vit_mae": ("ViTMAELayer", _VIT),
@@ -70,12 +74,14 @@ _LAYERS: dict[str, tuple[str, _Layout | None]] = {  # by package of transformers
     "siglip2": ("Siglip2EncoderLayer", _CLIP),
     "aimv2": ("Aimv2EncoderLayer", _AIMV2),
     "altclip": ("AltCLIPEncoderLayer", _CLIP),
+    "beit": ("BeitLayer", _BEIT),
     "audio_spectrogram_transformer": ("ASTLayer", _VIT),
     "blip": ("BlipEncoderLayer", _FUSED),
     "blip_2": ("Blip2EncoderLayer", _FUSED),
     "chinese_clip": ("ChineseCLIPVisionLayer", _CLIP),
     "clipseg": ("CLIPSegEncoderLayer", _CLIP),
     "git": ("GitVisionEncoderLayer", _CLIP),
+    "data2vec.modeling_data2vec_vision": ("Data2VecVisionLayer", None),
     "dpt": ("DPTViTLayer", None),
     "idefics2": ("Idefics2EncoderLayer", _CLIP),
     "idefics3": ("Idefics3EncoderLayer", _CLIP),
@@ -104,10 +110,11 @@ _AVERAGING = (
 def load() -> None:
     """Register the layers of every architecture that is imported by now."""
     for package, (name, layout) in _LAYERS.items():
-        module = sys.modules.get(f"transformers.models.{package}.modeling_{package}")
-        layer = getattr(module, name, None)
+        path = package if "." in package else f"{package}.modeling_{package}"
+        layer = getattr(sys.modules.get(f"transformers.models.{path}"), name, None)
         if layer is not None and layer not in attn_half.registry:
             _register(layer, layout) if layout is not None else _register_nested(layer)
+            _RELATIVE.get(name, lambda layer: None)(layer)
 
 
 def _register(layer: type, layout: _Layout) -> None:
@@ -176,6 +183,97 @@ def _register_nested(layer: type) -> None:
         return block.layernorm_before, *_linears(block.attention.attention)
 
 
+def _register_beit(layer: type) -> None:
+    """A layer that adds its relative positions to the mask that its attention takes."""
+
+    @pairs.register(layer)
+    def _(
+        block: Any,
+        attention_mask: Tensor | None = None,  # shared by all layers, if any are
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+    ) -> Tensor | None:
+        return _sum(_relative(block.relative_position_bias, block.patch_size, interpolate_pos_encoding, resolution), attention_mask)
+
+    @arguments.register(layer)
+    def _(block: Any, patches: Tensor) -> dict[str, Any]:
+        return {"attention_mask": ANY_PAIRS, "resolution": _resolution(block.relative_position_bias, block.patch_size)}
+
+    @trial_patches.register(layer)
+    def _(block: Any) -> int:
+        return _area(block.relative_position_bias)
+
+
+def _register_data2vec(layer: type) -> None:
+    """A layer whose attention, nested in another module, adds its relative positions by itself."""
+
+    def own(block: Any) -> Any:
+        return getattr(block.attention.attention, "relative_position_bias", None)
+
+    @attn_half.register(layer)
+    def _(block: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        inner = Without(block.attention.attention, has_relative_position_bias=False)
+        y = Without(block.attention, attention=inner)(block.layernorm_before(x), relative_position_bias=bias)[0]
+        return block.drop_path(y if block.lambda_1 is None else block.lambda_1 * y) + x
+
+    @mlp_half.register(layer)
+    def _(block: Any, x: Tensor) -> Tensor:
+        y = block.output(block.intermediate(block.layernorm_after(x)))
+        return block.drop_path(y if block.lambda_2 is None else block.lambda_2 * y) + x
+
+    @attention.register(layer)
+    def _(block: Any, x: Tensor) -> Attention:
+        return _attention(block.attention.attention, output(block.layernorm_before, x))
+
+    @projections.register(layer)
+    def _(block: Any) -> tuple[nn.Module, ...]:
+        return block.layernorm_before, *_linears(block.attention.attention)
+
+    @pairs.register(layer)
+    def _(
+        block: Any,
+        relative_position_bias: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+    ) -> Tensor | None:
+        side = block.attention.attention.config.patch_size
+        return _sum(_relative(own(block), side, interpolate_pos_encoding, resolution), relative_position_bias)
+
+    @arguments.register(layer)
+    def _(block: Any, patches: Tensor) -> dict[str, Any]:
+        size = _resolution(own(block), block.attention.attention.config.patch_size)
+        return {"relative_position_bias": ANY_PAIRS, "resolution": size}
+
+    @trial_patches.register(layer)
+    def _(block: Any) -> int:
+        return _area(own(block))
+
+
+_RELATIVE = {"BeitLayer": _register_beit, "Data2VecVisionLayer": _register_data2vec}
+
+
+def _relative(own: Any, patch: int, interpolate: bool, resolution: tuple[int, int] | None) -> Tensor | None:
+    """The bias of a layer's own relative positions for pairs of all tokens, on images of this height and width in pixels."""
+    if own is None or resolution is None:
+        return None
+    window = (resolution[0] // patch, resolution[1] // patch)
+    return own(window, interpolate, dim_size=window[0] * window[1] + 1)
+
+
+def _resolution(own: Any, patch: int) -> tuple[int, int]:
+    """Height and width in pixels of the images that a layer's relative positions are laid out for, or of any."""
+    rows, columns = (2, 3) if own is None else own.window_size
+    return rows * patch, columns * patch
+
+
+def _area(own: Any) -> int:
+    return 6 if own is None else own.window_size[0] * own.window_size[1]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
 def _require_additive(attn: Any) -> None:
     name = str(getattr(attn.config, "_attn_implementation", None))
     if name.startswith(("flex", "flash", "paged")):
@@ -205,7 +303,7 @@ def _linears(attn: Any) -> tuple[nn.Module, ...]:
 def _attention(attn: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Attention:
     heads = attn.config.num_attention_heads
     d = attn.head_dim if hasattr(attn, "head_dim") else attn.attention_head_size
-    scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
+    scale = attn.scaling if hasattr(attn, "scaling") else getattr(attn, "scale", d**-0.5)
     linears, norms = _linears(attn), (getattr(attn, "q_norm", None), getattr(attn, "k_norm", None))
     scales = [getattr(norm, "weight", None) for norm in norms]
     sizes = [None if s is None else s.numel() for s in scales]  # None: no norm
@@ -254,11 +352,31 @@ class HostedTower(Tower):
         return super().forward(*args, **kwargs)
 
 
+class RelativeTower(HostedTower):
+    """A tower that adds what all its layers share to the mask that it may be called with."""
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.squeezevit_state.stages and (len(args) > 2 or kwargs.get("attention_mask") is not None):
+            raise UnsupportedError(
+                f"{type(self).__name__} was called with a mask (attention_mask), which does not fit reduced tokens; call it "
+                "without, or sv.restore_ it first"
+            )
+        return super().forward(pixel_values, *args, **kwargs)
+
+
 class CLIPTower(HostedTower):
     """Its library norms the class token alone."""
 
     def normed(self, tokens: Tensor) -> Tensor:
         return self.post_layernorm(tokens)
+
+
+_TOWERS = {
+    "CLIPVisionModel": CLIPTower,
+    "MetaClip2VisionModel": CLIPTower,
+    "BeitModel": RelativeTower,
+    "BeitBackbone": RelativeTower,
+}
 
 
 def _refuse_callers_that_need_the_grid(tower: PreTrainedModel, reducer: Reducer) -> None:
@@ -339,8 +457,10 @@ def _of_tower(model: PreTrainedModel, tower: Any, runs: PreTrainedModel) -> Desc
     head = getattr(getattr(tower, "head", None), "attention", None)
     config, encoder = tower.config, tower.get_submodule(BACKBONES.get(_name(tower, BACKBONES) or "", ""))
     mixins: list[tuple[nn.Module, type]] = [(model, Averaging)] if averages else []
-    mixins += [(encoder, CLIPTower if _name(tower, ("CLIPVisionModel", "MetaClip2VisionModel")) else HostedTower)]
+    mixins += [(encoder, _TOWERS.get(_name(tower, _TOWERS) or "", HostedTower))]
     mixins += [(head, WeightedPooling)] if head is not None else []
+    pooler = tower.pooler if getattr(getattr(tower, "pooler", None), "layernorm", None) is not None else None  # takes a mean
+    mixins += [(pooler, PoolingMean)] if pooler is not None else []
     classes = getattr(config, "n_cls_tokens", TOWERS.get(_name(tower, TOWERS) or "", 1))
     size = _size(config)
     return Description(
@@ -352,7 +472,7 @@ def _of_tower(model: PreTrainedModel, tower: Any, runs: PreTrainedModel) -> Desc
         image_size=size,
         mixins=tuple(mixins),
         grids=True,
-        pooled=averages or head is not None,
+        pooled=averages or head is not None or pooler is not None,
         inputs=_inputs(tower),
         options=partial(_resized, runs, size),
         refuse_mass=own_methods(model, ("forward",), "transformers.") if averages else _pools_by_itself(tower),
