@@ -109,6 +109,7 @@ class Kind:
     resized: Mapping[str, Any] = field(default_factory=dict)  # what must then be said in every call
     features: bool = True  # whether forward_features may be called
     rotary: bool = False  # or else told the places of its tokens
+    biased: bool = False  # whether its attention has a learned bias, with whose gradient torch runs another kernel
     traceable: bool = True  # whether shapes and masks are no data, so that the host runs without values, compiles and exports
     packed: str = ""  # what torch's own attention, whose projections are rows of one parameter, is called in a block
 
@@ -203,7 +204,7 @@ OPEN_CLIP = partial(
     features=False,
     packed="attn",
 )
-RELATIVE = partial(EVA_ROTARY, resizing=None)
+RELATIVE = partial(EVA_ROTARY, resizing=None, biased=True)
 BEIT = {"use_rel_pos_bias": True, "use_abs_pos_emb": False, "init_values": 1.0}
 DINOV3 = {"attn_type": "rope", "rope_type": "dinov3", "rope_temperature": 100, "rope_rotate_half": True, "init_values": 1.0}
 DINOV3 |= {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "num_reg_tokens": 4, "no_embed_class": True}
@@ -239,7 +240,7 @@ KINDS: dict[str, Kind] = {
         reentrant=(False,),
     ),
     "beit": RELATIVE(partial(timm_vit, cls=Beit, **BEIT), adapted=("attn.proj", "mlp.fc2"), sliced=("attn.qkv",)),
-    "relative": RELATIVE(partial(timm_vit, cls=VisionTransformerRelPos, init_values=1.0, shared_rel_pos=True)),
+    "relative": RELATIVE(partial(timm_vit, cls=VisionTransformerRelPos, init_values=1.0, rel_pos_type="bias", shared_rel_pos=True)),
     "hf-vit": HUGGING_FACE(partial(hugging_face, "ViTForImageClassification"), "vit.layernorm", reading("logits")),
     "hf-deit": HUGGING_FACE(partial(hugging_face, "DeiTForImageClassificationWithTeacher"), "deit.layernorm", reading("logits")),
     "hf-dinov2": HUGGING_FACE(
@@ -269,19 +270,21 @@ KINDS: dict[str, Kind] = {
     "hf-mae": HUGGING_FACE(partial(hugging_face, "ViTMAEModel", mask_ratio=0.0), "layernorm", unmasked),
     "hf-ijepa": HUGGING_FACE(partial(hugging_face, "IJepaForImageClassification"), "ijepa.layernorm", reading("logits")),
     "hf-beit": HUGGING_FACE(
-        partial(hugging_face, "BeitForImageClassification", use_relative_position_bias=True, layer_scale_init_value=1.0),
+        partial(hugging_face, "BeitForImageClassification", use_relative_position_bias=True, drop_path_rate=0.0),
         "beit.layernorm",
         reading("logits"),
         resized={},
         rotary=True,
+        biased=True,
     ),
     "hf-data2vec": HUGGING_FACE(
-        partial(hugging_face, "Data2VecVisionForImageClassification", use_shared_relative_position_bias=True),
+        partial(hugging_face, "Data2VecVisionForImageClassification", use_shared_relative_position_bias=True, drop_path_rate=0.0),
         "data2vec_vision.layernorm",
         reading("logits"),
         adapted=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
         resized={},
         rotary=True,
+        biased=True,
     ),
     "hf-msn": HUGGING_FACE(partial(hugging_face, "ViTMSNForImageClassification"), "vit.layernorm", reading("logits")),
     "torchvision": Kind(
