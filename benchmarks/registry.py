@@ -43,9 +43,9 @@ def of_timm() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 def of_transformers() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """All classes that take images, videos or spectrograms, each once."""
     seen = set()
-    for package in pkgutil.iter_modules(transformers.models.__path__):
+    for path in _modeling():
         try:
-            module = importlib.import_module(f"transformers.models.{package.name}.modeling_{package.name}")
+            module = importlib.import_module(path)
         except ImportError:
             continue
         for name, found in inspect.getmembers(module, inspect.isclass):
@@ -53,6 +53,18 @@ def of_transformers() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
             if own and name not in seen and hasattr(transformers, name) and _takes_images(found):
                 seen.add(name)
                 yield name, lambda found=found: _small(found)  # type: ignore[misc]
+
+
+def _modeling() -> Iterator[str]:
+    """Modules of transformers that have models."""
+    for package in pkgutil.iter_modules(transformers.models.__path__, "transformers.models."):
+        try:
+            inside = importlib.import_module(package.name)
+        except ImportError:
+            continue
+        for module in pkgutil.iter_modules(getattr(inside, "__path__", []), f"{package.name}."):
+            if module.name.rpartition(".")[2].startswith("modeling_"):
+                yield module.name
 
 
 def _takes_images(model_class: type) -> bool:

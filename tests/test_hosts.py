@@ -11,6 +11,7 @@ import timm
 import torch
 import transformers
 from timm.models.beit import Beit
+from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
@@ -233,6 +234,53 @@ def test_what_a_relative_tower_cannot_be_called_with():
     model = sv.reduce_(zoo.build("hf-data2vec"), sv.ETPS(keep=0.5))
     with pytest.raises(UnsupportedError, match="was asked for its attention maps"):
         model(x, output_attentions=True)
+
+
+# timm's Qwen3 towers, whose tokens are laid out as a grid after the last block
+
+QWEN3 = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": DEPTH, "num_heads": 3}
+QWEN3_MODELS: dict[str, Callable[[], nn.Module]] = {
+    **{f"encoder-{pool}": partial(Qwen3VitEncoder, **QWEN3, global_pool=pool, out_features=10) for pool in ("merge", "avg", "")},
+    "classifier": partial(Qwen3VitClassifier, **QWEN3, num_classes=5),
+    "classifier-merge": partial(Qwen3VitClassifier, **QWEN3, num_classes=5, encoder_pool="merge"),
+}
+
+
+@pytest.mark.parametrize("name", list(QWEN3_MODELS))
+@pytest.mark.parametrize("reducer", [sv.TopK(keep=0.5, at=(1, 3)), sv.ToMe(r=5), sv.ETPS(keep=0.5, at=(1, 3))], ids=str)
+def test_a_tower_that_lays_its_tokens_out_after_the_last_block(name, reducer):
+    model, x = zoo.randomize(QWEN3_MODELS[name]()).eval(), zoo.images(2, (48, 64))
+    dense = zoo.run(model, x)
+    with pytest.raises(UnsupportedError, match=r"lays its tokens out as a grid after the last block.*grid=True"):
+        sv.reduce_(model, reducer)
+    assert torch.equal(zoo.run(sv.reduce_(model, sv.ETPS(keep=1.0), grid=True), x), dense)
+    sv.reduce_(model, reducer, grid=True)
+    encoder: Any = getattr(model, "encoder", model)
+    with torch.no_grad(), sv.trace(model) as t:
+        out = model(x)
+        features = encoder.forward_features(x)
+        final, maps = encoder.forward_intermediates(x, [0, 2])
+        only = encoder.forward_intermediates(x, [0, 2], intermediates_only=True)
+    assert out.shape == dense.shape and not torch.equal(out, dense)
+    left = t.stages[-1].n_out
+    assert features.shape == (2, 6, 8, 48) and torch.equal(final, features) and all(map(torch.equal, maps, only))
+    for image, groups in zip(features.flatten(1, 2), t.groups, strict=True):
+        there = image[groups >= 0]
+        assert len(there.unique(dim=0)) == left and not image[groups < 0].any()
+        assert all(
+            torch.equal(there[groups[groups >= 0] == g], there[groups[groups >= 0] == g][:1].expand(n, -1))
+            for g, n in counted(groups)
+        )
+    if name in ("encoder-avg", "classifier"):  # what was discarded does not count in the mean
+        mean = torch.stack([image[groups >= 0].mean(dim=0) for image, groups in zip(features.flatten(1, 2), t.groups, strict=True)])
+        expected = mean if name == "encoder-avg" else model.head(model.norm(mean))
+        torch.testing.assert_close(out, expected, **CLOSE)
+
+
+def counted(groups: Tensor) -> list[tuple[int, int]]:
+    """Groups of one image and how many patches are in each."""
+    which, counts = groups[groups >= 0].unique(return_counts=True)
+    return list(zip(which.tolist(), counts.tolist(), strict=True))
 
 
 # Backbones, which put out what left some of their blocks as images

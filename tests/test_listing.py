@@ -35,6 +35,7 @@ def test_the_registries_in_the_docs_are_those_that_were_walked():
     table = DOCS.read_text().split("<!-- registry -->\n")[1].split("<!-- end of registry -->")[0]
     assert table == "\n".join(lines) + "\n"
     assert sum(counts["transformers", verdict] for verdict in verdicts[:2]) >= 110
+    assert sum(counts["timm", verdict] for verdict in verdicts[:2]) >= 300
 
 
 @pytest.mark.parametrize("family", listing(), ids=lambda f: f.library)
@@ -47,12 +48,14 @@ def test_the_installed_version_is_a_tested_one_and_has_the_classes(family):
         "VisionTransformerDistilled": "timm.models.deit",
         "TimmModel": "open_clip.timm_model",
         "NaFlexVit": "timm.models.naflexvit",
+        **{name: "timm.models.qwen3_vit" for name in ("Qwen3VitEncoder", "Qwen3VitClassifier")},
     }
     others = []
     if family.library == "transformers":  # some towers are not among what the library names at its top
         from squeezevit.families.transformers import _LAYERS
 
-        others = [importlib.import_module(f"transformers.models.{package}.modeling_{package}") for package in _LAYERS]
+        paths = [package if "." in package else f"{package}.modeling_{package}" for package in _LAYERS]
+        others = [importlib.import_module(f"transformers.models.{path}") for path in paths]
     for name in family.models:
         places = [importlib.import_module(elsewhere[name]) if name in elsewhere else module, *others]
         assert any(hasattr(place, name) for place in places), name

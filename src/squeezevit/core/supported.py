@@ -114,15 +114,24 @@ TABLE = (
         "timm",
         "1.0.20",
         "1.1",
-        ("VisionTransformer", "VisionTransformerDistilled", "Eva", "NaFlexVit", "Beit", "VisionTransformerRelPos"),
+        (
+            "VisionTransformer",
+            "VisionTransformerDistilled",
+            "Eva",
+            "NaFlexVit",
+            "Beit",
+            "VisionTransformerRelPos",
+            "Qwen3VitEncoder",
+            "Qwen3VitClassifier",
+        ),
         {
             "VisionTransformerSAM": _WINDOWS,
             "SwinTransformer": _WINDOWS,
             "SwinTransformerV2": _WINDOWS,
         },
         "plain, residual-post-norm and post-norm blocks, LayerScale, q/k-norm, gated attention, registers, rotary embeddings "
-        "(axial, mixed, DINOv3's), SwiGLU, `features_only=True` with `grid=True`, "
-        "NaFlexVit on images of one size, all poolings ('prr' without mass); parallel blocks are refused where a stage is",
+        "(axial, mixed, DINOv3's), relative positions, SwiGLU, `features_only=True` with `grid=True`, NaFlexVit on images of one "
+        "size, Qwen3's towers with `grid=True`, all poolings ('prr' without mass); parallel blocks are refused where a stage is",
     ),
     Family(
         "transformers",

@@ -1,5 +1,7 @@
 """timm's VisionTransformer, Eva and Beit: ViT, DeiT, DINOv2, CLIP, SigLIP, MAE, EVA, DINOv3, PE and all others of plain blocks."""
 
+import importlib
+import sys
 from dataclasses import replace
 from typing import Any, cast
 
@@ -36,6 +38,12 @@ from squeezevit.core.evidence import Attention, compute, is_plain, output, recor
 from squeezevit.core.trace import Trace
 from squeezevit.errors import CheckpointError, UnsupportedError
 from squeezevit.families.tokens import Intermediates, Without, full_weights, on_grid, own_methods, traced, weighted
+
+
+def load() -> None:
+    """Models that not every version of timm has."""
+    if "timm.models.qwen3_vit" in sys.modules:
+        importlib.import_module("squeezevit.families.timm_qwen3")
 
 
 @attn_half.register

@@ -28,8 +28,10 @@ def spread_after(blocks: int, patches: Tensor, t: Trace) -> Tensor:
 
     A patch that was discarded holds zeros.
     """
-    stage = sum(s.block < blocks for s in t.stages) - 1
-    return patches if stage < 0 else spread(patches, t.groups_after(stage))
+    done = [s for s in t.stages if s.block < blocks]
+    if all(s.n_out == s.n for s in done):
+        return patches  # not a copy, which lies in memory in another way and is summed in another order
+    return spread(patches, t.groups_after(len(done) - 1))
 
 
 def on_grid(x: Tensor, t: Trace, blocks: int) -> Tensor:
@@ -41,7 +43,7 @@ def on_grid(x: Tensor, t: Trace, blocks: int) -> Tensor:
 
 def full_weights(t: Trace, dtype: torch.dtype) -> Tensor | None:
     """How much each token of the full grid counts in pooling: 0 for a patch that was discarded, [B, P + N0]; None: all the same."""
-    if all(s.hosts is not None for s in t.stages):
+    if all(s.hosts is not None or s.n_out == s.n for s in t.stages):
         return None
     return F.pad((t.groups >= 0).to(dtype), (t.prefix, 0), value=1.0)
 
@@ -85,7 +87,7 @@ class Intermediates(Mixin):
             return own(x, indices, *args, output_fmt=output_fmt, **kwargs)
         with traced(cast(nn.Module, self), state) as opened:
             out = own(x, indices, *args, output_fmt="NLC", **kwargs)
-        t, blocks = cast(Trace, opened), _blocks_taken(state.depth, indices)
+        t, blocks = cast(Trace, opened), blocks_taken(state.depth, indices)
         shape = None if output_fmt == "NLC" else self._grid_shape(x)
 
         def laid_out(maps: Sequence[Any]) -> list[Any]:
@@ -105,7 +107,7 @@ class Intermediates(Mixin):
         return on_grid(x, t, self.squeezevit_state.depth) if x.dim() == 3 else x
 
 
-def _blocks_taken(depth: int, indices: Any) -> list[int]:
+def blocks_taken(depth: int, indices: Any) -> list[int]:
     """Which blocks' features the libraries put out: all, the last n, or those named, also from the end."""
     last = depth if indices is None else indices
     return list(range(depth - last, depth)) if isinstance(last, int) else sorted({i % depth for i in last})
