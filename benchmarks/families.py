@@ -8,6 +8,7 @@ Random weights: time depends on shapes alone. 224 pixels, patches of 16, 12 bloc
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -22,16 +23,16 @@ HF = {
 REDUCERS = (sv.ETPS(keep=0.7), sv.ETPS(keep=0.5), sv.ETPS(keep=0.5, mass=True))
 
 
-def timm(name: str) -> nn.Module:
+def timm(name: str, **options: Any) -> nn.Module:
     import timm
 
-    return timm.create_model(name)
+    return timm.create_model(name, **options)
 
 
-def huggingface(model: str, config: str) -> nn.Module:
+def huggingface(model: str, config: str, **options: Any) -> nn.Module:
     import transformers
 
-    return getattr(transformers, model)(getattr(transformers, config)(**HF))
+    return getattr(transformers, model)(getattr(transformers, config)(**HF, **options))
 
 
 def torchvision() -> nn.Module:
@@ -56,6 +57,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "transformers SigLIP": lambda: huggingface("SiglipVisionModel", "SiglipVisionConfig"),
     "torchvision VisionTransformer": torchvision,
     "open_clip VisionTransformer": open_clip,
+    "timm BEiT": lambda: timm("beit_base_patch16_224", embed_dim=384, num_heads=6),
+    "timm RelPos": lambda: timm("vit_relpos_small_patch16_224"),
+    "transformers BEiT": lambda: huggingface("BeitModel", "BeitConfig", use_relative_position_bias=True),
+    "transformers Data2Vec": lambda: huggingface(
+        "Data2VecVisionModel", "Data2VecVisionConfig", use_shared_relative_position_bias=True
+    ),
+    "transformers AIMv2": lambda: huggingface("Aimv2VisionModel", "Aimv2VisionConfig"),
+    "transformers InternVL": lambda: huggingface("InternVLVisionModel", "InternVLVisionConfig"),
 }
 
 

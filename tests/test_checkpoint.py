@@ -43,6 +43,12 @@ def save(state: object, path: Path, **options) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", list(zoo.KINDS))
+def test_weights_of_every_kind_go_back(name):
+    model, target = zoo.build(name), other(name)
+    assert_same_weights(sv.load_checkpoint_(target, model.state_dict()), model)
+
+
 @pytest.mark.parametrize("name", list(zoo.MODELS))
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
 def test_files_of_the_host_library(tmp_path, name, suffix):

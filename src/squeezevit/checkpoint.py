@@ -24,8 +24,8 @@ _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # where traini
 _RENAMED = (
     (re.compile(r"^(module\.|_orig_mod\.)+"), ""),  # DistributedDataParallel, torch.compile
     (re.compile(r"^score_predictor\.(\d+)\."), r"token_reducer.\1."),  # TPS, DynamicViT
-    (re.compile(r"^(blocks\.\d+)\.gamma_([12])$"), r"\1.ls\2.gamma"),  # their layer-scale blocks
 )
+_LAYER_SCALE = re.compile(r"^(blocks\.\d+)\.gamma_([12])$")  # as TPS's authors name it, and some of timm's own models
 _KIND = "of another kind of number"
 _SHOWN = 8  # keys of each kind an error lists
 _HEADS = "token_reducer."  # where a reduced model has its learned heads
@@ -52,6 +52,8 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
     name = name if isinstance(source, Mapping) else fspath(source)
     entries = _named(source, name) if isinstance(source, Mapping) else read_checkpoint(source)
     load_families()
+    own = model.state_dict()
+    entries = {key if key in own else _LAYER_SCALE.sub(r"\1.ls\2.gamma", key): value for key, value in entries.items()}
     try:
         entries = convert(model, entries)
     except Exception as error:
