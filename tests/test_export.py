@@ -166,6 +166,16 @@ def test_the_form_without_scattering_is_the_same_to_rounding(name):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("name", ["etps", "training-free"])
+def test_the_older_exporter(name, batch, tmp_path: Path):
+    card = written(of(name), tmp_path / "out", to="onnx", exporter="torchscript", batch_size=batch, groups=True)
+    assert card.measured["compared"]["error"] < 1e-4 and card.exported["outputs"] == ["out", "groups_1"]
+    found = engines.opened("onnx", tmp_path / "out")(photographs(3).numpy())
+    for value, expected in zip(found, verified.expected(graph.Exportable(of(name), groups=True), photographs(3)), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["hf-vit", "torchvision", "open_clip"])
 def test_other_libraries_where_blocks_follow_that_have_no_stage(kind):
     module = graph.Exportable(zoo.reduce(zoo.build(kind, depth=2), sv.ETPS(keep=0.5, at=(0,))), groups=True)
@@ -221,6 +231,9 @@ def test_below_the_floor_nothing_is_left(tmp_path: Path):
     [
         ({"to": "tflite"}, "to='tflite' is no format; choose one of onnx, openvino, program, aoti"),
         ({"to": "torch"}, "to='torch' is no format"),
+        ({"exporter": "fx"}, "exporter='fx': choose one of dynamo, torchscript"),
+        ({"exporter": "torchscript"}, "exporter='torchscript' writes to='onnx' in float"),
+        ({"exporter": "torchscript", "to": "onnx", "scatter": False}, "exporter='torchscript' writes to='onnx' in float"),
         ({"int8": []}, "int8 has 0 calibration images"),
         ({"int8": photographs(3)}, "int8 has 3 calibration images"),
         ({"int8": zoo.images(8, 48)}, r"calibration image 0 is \[3, 48, 48\], the model takes \[3, 32, 32\]"),

@@ -25,6 +25,10 @@ FixedBatch = Annotated[
 NoScatter = Annotated[bool, typer.Option("--no-scatter", help="No node that scatters, for runtimes that get those wrong.")]
 WithGroups = Annotated[bool, typer.Option("--with-groups", help="One more output a stage: the token each patch ended in.")]
 Floor = Annotated[float, typer.Option("--floor", help="Lowest mean cosine to torch that int8 and bf16 may have.", min=-1, max=1)]
+Exporter = Annotated[
+    str,
+    typer.Option("--exporter", metavar="dynamo|torchscript", help="torch's exporter to ONNX; the second is the older, and traces."),
+]
 Bits = Annotated[str, typer.Option("--precision", metavar="fp32|bf16", help="What OpenVINO computes in where it is not int8.")]
 
 
@@ -51,6 +55,7 @@ def export(
     with_groups: WithGroups = False,
     floor: Floor = 0.9,
     precision: Bits = "fp32",
+    exporter: Exporter = "dynamo",
     json_file: options.Json = None,
 ) -> None:
     """Write a model for another runtime, with a script that needs neither SqueezeViT nor torch; verified before it appears.
@@ -69,6 +74,7 @@ def export(
         ready.net, out, card=ready.card, options=ready.options, preprocessing=ready.preprocessing, image_size=image_size,
         classes=classes, to=to, calibrate=calibrate, images=images,
         batch_size=batch_size or None, scatter=not no_scatter, groups=with_groups, floor=floor, precision=precision,
+        exporter=exporter,
     )  # fmt: skip
     inputs.write_json(
         json_file, {"model": ready.name, "reducer": repr(ready.reducer), "exported": written.exported, **written.measured}

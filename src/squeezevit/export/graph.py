@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,23 @@ def capture(module: Exportable, batch: int | None, size: tuple[int, int], scatte
     if not scatter and (left := scatters(program)):
         raise UnsupportedError(f"scatter=False cannot replace {', '.join(left)} in this model; export it with scatter=True")
     return program
+
+
+def write_traced(module: Exportable, batch: int | None, size: tuple[int, int], file: Path, outputs: list[str]) -> None:
+    """Write ONNX by torch's older exporter, which traces one forward; batch None: any number of images.
+
+    Raises UnsupportedError where the exporter cannot.
+    """
+    x, axes = images(module.model, batch or 2, size), {name: {0: "batch"} for name in ("images", *outputs)}
+    try:
+        with quietly(), torch.no_grad(), without_hooks(module.model), _unmasked(module.model):
+            torch.onnx.export(
+                module, (x,), file, dynamo=False, input_names=["images"], output_names=outputs, dynamic_axes=None if batch else axes
+            )
+    except Exception as error:
+        raise UnsupportedError(
+            f"torch's older ONNX exporter cannot write this {type(module.model).__name__} ({reason(error)}); use exporter='dynamo'"
+        ) from error
 
 
 def scatters(program: ExportedProgram) -> list[str]:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from squeezevit.bench.machine import command, machine, now
-from squeezevit.bundle import Card, card_of
+from squeezevit.bundle import ENGINES, Card, card_of
 from squeezevit.bundle import write as write_bundle
 from squeezevit.core.block import state_of
 from squeezevit.core.running import Progress, images
 from squeezevit.errors import ConfigError
 from squeezevit.export import engines, quantised, verified
 from squeezevit.export.beside import write_beside
-from squeezevit.export.graph import Exportable, capture
+from squeezevit.export.graph import Exportable, capture, write_traced
 
 FLOOR = 0.9  # of the mean cosine to torch, where bits are left out
+EXPORTERS = ("dynamo", "torchscript")  # of torch, to ONNX
 FEWEST = 4  # images to calibrate on, of which half are held out
 _TIMED = 16  # images a batch where any number fits
 
@@ -36,6 +37,7 @@ class Wanted:
     scatter: bool = True
     groups: bool = False
     floor: float = FLOOR
+    exporter: str = "dynamo"
 
     def __post_init__(self) -> None:
         b = self.batch
@@ -45,6 +47,12 @@ class Wanted:
             raise ConfigError(f"precision={self.precision!r}: choose one of {', '.join(engines.HINTS)}")
         if self.precision != "fp32" and self.to != "openvino":
             raise ConfigError(f"precision={self.precision!r} is OpenVINO's, and to={self.to!r}; leave it out, or to='openvino'")
+        if self.exporter not in EXPORTERS:
+            raise ConfigError(f"exporter={self.exporter!r}: choose one of {', '.join(EXPORTERS)}")
+        if self.exporter != "dynamo" and (self.to != "onnx" or self.int8 is not None or not self.scatter):
+            raise ConfigError(
+                f"exporter={self.exporter!r} writes to='onnx' in float and with nodes that scatter; for anything else leave it out"
+            )
         if self.int8 is not None and self.to not in ("onnx", "openvino"):
             raise ConfigError(f"int8 is there for onnx and openvino, and to={self.to!r}; choose one of those")
         if self.int8 is not None and len(self.int8) < FEWEST:
@@ -67,6 +75,7 @@ def export(
     scatter: bool = True,
     groups: bool = False,
     floor: float | None = None,
+    exporter: str = "dynamo",
     options: Mapping[str, Any] | None = None,
     image_size: int | tuple[int, int] | None = None,
     classes: Sequence[str] | None = None,
@@ -80,8 +89,9 @@ def export(
     batch_size: images at once, of which the last batch is padded; None: any number, which costs a reduced model 16 to 30 % in
     OpenVINO. precision: "bf16" for OpenVINO to compute in what is not int8. scatter=False: no node that scatters, for runtimes
     that get those wrong. groups: one more output a stage, "groups_1" ..., [B, N0] int64: the token each patch ended in, -1 for
-    none. floor: the lowest mean cosine to torch that int8 and bf16 may have, 0.9 unless given. options, image_size, classes,
-    preprocessing: as `squeezevit.bundle.save`.
+    none. floor: the lowest mean cosine to torch that int8 and bf16 may have, 0.9 unless given. exporter: "torchscript" for ONNX
+    by torch's older exporter, which traces, where a runtime stumbles over what the newer one writes. options, image_size,
+    classes, preprocessing: as `squeezevit.bundle.save`.
 
     The folder holds the model, its card, SHA256SUMS, README.md, run.py and, where there are classes, classes.txt. Float outputs
     must equal torch's to 1e-4 of the largest. Raises UnsupportedError where the model cannot be captured or written, or its
@@ -91,7 +101,7 @@ def export(
     >>> export(reduce_(model, ETPS(keep=0.5)), "my-vit-int8", int8=photographs)  # doctest: +SKIP
     """
     given = None if int8 is None else tuple(int8)
-    wanted = Wanted(to, given, batch_size, precision, scatter, groups, FLOOR if floor is None else floor)
+    wanted = Wanted(to, given, batch_size, precision, scatter, groups, FLOOR if floor is None else floor, exporter)
     engines.require(to, int8 is not None)
     card = card_of(model, options=options, image_size=image_size, classes=classes, preprocessing=preprocessing)
     return export_as(model, Path(folder), card, wanted, progress)
@@ -125,12 +135,16 @@ def _require_fit(model: nn.Module, card: Card, wanted: Wanted) -> None:
 def _fill(model: nn.Module, card: Card, wanted: Wanted, progress: Progress, folder: Path) -> None:
     """Write all files but the card and the sums into the new folder, and the figures into the card."""
     module, size = Exportable(model, wanted.groups), card.preprocessing.crop
-    progress("capturing", 0, 1)
-    program = capture(module, wanted.batch, size, wanted.scatter)
     noise = images(module.model, max(verified.fillings(wanted.batch)), size)
     outputs = ["out", *(f"groups_{j + 1}" for j in range(len(verified.expected(module, noise[:1])) - 1))]
-    progress("converting", 0, 1)
-    engines.write(program, wanted.to, folder, outputs)
+    if wanted.exporter == "dynamo":
+        progress("capturing", 0, 1)
+        program = capture(module, wanted.batch, size, wanted.scatter)
+        progress("converting", 0, 1)
+        engines.write(program, wanted.to, folder, outputs)
+    else:
+        progress("converting", 0, 1)
+        write_traced(module, wanted.batch, size, folder / ENGINES[wanted.to], outputs)
     x = noise if wanted.int8 is None else verified.spread(wanted.int8, len(noise))
     progress("comparing with torch", 0, 1)
     figures = verified.agree(module, engines.opened(wanted.to, folder), x, wanted.batch)
