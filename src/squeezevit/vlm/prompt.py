@@ -162,7 +162,7 @@ def _checked(scores: Any, x: Tensor, image: Image) -> Tensor:
         found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         nan = ", NaN among them" if isinstance(scores, Tensor) and scores.isnan().any() else ""
         raise ConfigError(
-            f"the score function returned {found}{nan} for {image.modality} {image.index}; return one number for each of its "
+            f"the score function returned {found}{nan} for {image.modality} {image.number}; return one number for each of its "
             f"{len(x)} features, [{len(x)}]"
         )
     return scores.float()
