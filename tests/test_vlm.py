@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import squeezevit as sv
 import vlm_zoo
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
+from squeezevit.report import prompt as drawing
+from squeezevit.report.overlay import figure
 from squeezevit.vlm import Prompt
 from vlm_zoo import BEGIN, END, HOSTS, IMAGE, VIDEO
 
@@ -50,7 +52,7 @@ def masked(name: str, inputs: dict[str, Tensor], prompt: Prompt) -> dict[str, Te
             stays[image.row, int(image.places[k])] = True
     mask = inputs["attention_mask"]
     line = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    positions = line
+    positions = line  # as the others count
     if name in MROPE:
         known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
         grids = {n: inputs[n] for n in known if n in inputs}
@@ -134,6 +136,20 @@ def test_words_decoded_one_by_one_go_on_at_the_right_positions(name):
     stale = model(**prompt, use_cache=True).cache
     model.model.rope_deltas = model.model.rope_deltas + 3
     assert not torch.allclose(model(input_ids=word, cache=stale).logits, explicit, **CLOSE)
+
+
+def test_a_host_that_is_told_no_kinds_of_tokens_counts_them_one_by_one():
+    model, inputs = host("qwen2.5-vl"), vlm_zoo.prompt("qwen2.5-vl")
+    del inputs["mm_token_type_ids"]
+    prompt = sv.squeeze_prompt(model, inputs, keep=1.0)
+    assert "position_ids" not in prompt and torch.equal(model(**prompt).logits, model(**inputs).logits)
+
+
+def test_positions_of_one_s_own_are_cut():
+    model, inputs = host("llava"), vlm_zoo.prompt("llava", ROWS)
+    line = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    own = sv.squeeze_prompt(model, {**inputs, "position_ids": line}, keep=0.5)
+    assert torch.equal(own["position_ids"], sv.squeeze_prompt(model, inputs, keep=0.5, places="original")["position_ids"])
 
 
 # who else is in the batch, or in the text
@@ -249,6 +265,20 @@ def test_line_ends_stay(name):
     assert (features == model.model.image_newline).all(dim=-1).sum() == 16
 
 
+def test_rows_that_become_of_different_lengths_get_a_mask():
+    """Of equal length and without padding before: one image and many words, two images and few."""
+    model, inputs = host("aya"), vlm_zoo.prompt("aya", ROWS)
+    image = [BEGIN, *[IMAGE] * 16, END]
+    inputs["input_ids"] = torch.tensor([[1, *image, *range(30, 50)], [1, *image, *image, 30, 31]])
+    del inputs["attention_mask"]
+    prompt = sv.squeeze_prompt(model, inputs, keep=0.25)
+    assert prompt["attention_mask"].sum(dim=1).tolist() == [27, 15]
+    for b, numbers in enumerate(ROWS):
+        one = {"input_ids": inputs["input_ids"][b : b + 1], **vlm_zoo.plain([numbers])}
+        alone = model(**sv.squeeze_prompt(model, one, keep=0.25)).logits[0]
+        torch.testing.assert_close(attended(prompt, model(**prompt).logits)[b], alone, rtol=1e-4, atol=2e-5)
+
+
 # shapes of images, rows of one image, videos
 
 
@@ -316,6 +346,9 @@ def test_images_and_videos_in_one_prompt():
     both = {name: torch.cat([inputs[name], shown[name]], dim=1) for name in ("input_ids", "mm_token_type_ids")}
     both |= {name: value for x in (inputs, shown) for name, value in x.items() if name not in (*both, "attention_mask")}
     both["attention_mask"] = torch.ones_like(both["input_ids"])
+    numbers = []
+    sv.squeeze_prompt(model, both, scores=lambda x, image: numbers.append((image.number, image.modality)) or x[:, 0])
+    assert numbers == [(0, "image"), (1, "video")]
     prompt = sv.squeeze_prompt(model, both, **PRUNE)
     assert [(image.modality, len(image.kept)) for image in prompt.images] == [("image", 8), ("video", 16)]
     oracle = masked("qwen3-vl", both, prompt)
@@ -347,6 +380,20 @@ def test_a_prompt_may_be_used_again():
     prompt = vlm.squeeze(inputs)
     outs = [vlm.generate(prompt, **GREEDY, **options) for options in ({}, BEAMS, {}, BEAMS)]
     assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
+
+
+def test_a_tower_of_one_s_own():
+    """What it returns has no field for the projected features, which the model then writes beside the fields."""
+
+    class Tower(nn.Module):
+        def forward(self, pixel_values: Tensor, **ignored: Any) -> Any:
+            x = pixel_values[:, :, ::7, ::7].flatten(2).transpose(1, 2).repeat(1, 1, 16)  # [B, 64, 48]
+            return hf.modeling_outputs.BaseModelOutput(last_hidden_state=x, hidden_states=(x, x))
+
+    model, inputs = vlm_zoo.model("llava-siglip"), vlm_zoo.prompt("llava-siglip", ROWS)
+    model.model.vision_tower = Tower()
+    assert torch.equal(sv.VLM(model, 1.0).generate(**inputs, **GREEDY, **BEAMS), model.generate(**inputs, **GREEDY, **BEAMS))
+    assert sv.VLM(model, 0.5).generate(**inputs, **GREEDY).shape[0] == 2
 
 
 def test_lengths_count_the_original_prompt():
@@ -481,6 +528,21 @@ def test_scores_by_the_tower_s_attention(name, step):
     torch.testing.assert_close(prompt.images[0].scores, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl"])
+def test_redundancy_is_the_likeness_to_a_more_unusual_token(name):
+    """Token by token: 1 - the highest cosine with one that is less like the mean of all."""
+    model, inputs = host(name), vlm_zoo.prompt(name)
+    takes = {n: inputs[n] for n in ("pixel_values", "image_grid_thw") if n in inputs}
+    x = torch.cat(list(model.model.get_image_features(**takes, return_dict=True).pooler_output)).double().numpy()
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    usual = unit @ x.mean(axis=0)
+    expected = [
+        1 - max((float(unit[i] @ unit[j]) for j in range(len(x)) if usual[j] < usual[i]), default=-1) for i in range(len(x))
+    ]
+    scores = sv.squeeze_prompt(model, inputs, keep=0.5).images[0].scores
+    np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)
+
+
 def test_redundant_tokens_leave_first():
     """Of pairs of twins one each stays, and takes the other in."""
     model, inputs = host("llava"), vlm_zoo.prompt("llava")
@@ -525,6 +587,37 @@ def test_both_ends(reducer):
     assert text.shape[1] < whole.shape[1] and text.isfinite().all()
     assert sv.VLM(model, tokens=8).generate(**inputs, **GREEDY).shape[0] == 2
     sv.restore_(tower)
+
+
+# what it looks like
+
+
+def test_a_prompt_is_drawn(monkeypatch):
+    """The figure gets the photograph, the tower's stages and, last, the prompt's groups."""
+    model, inputs = vlm_zoo.model("llava-siglip"), vlm_zoo.prompt("llava-siglip", ROWS)
+    sv.reduce_(model.model.vision_tower, sv.ETPS(keep=0.5, at=(1, 2)), grid=True)
+    with sv.trace(model.model.vision_tower) as t:
+        prompt = sv.squeeze_prompt(model, inputs, tokens=9)
+    photo = np.full((64, 64, 3), 99, dtype=np.uint8)
+    drawn = []
+    monkeypatch.setattr(drawing, "figure", lambda *args: drawn.append(args) or figure(*args))
+    picture = drawing.draw_prompt(photo, prompt.images[2], tower=t, index=2)
+    ((_, stages, _),) = drawn
+    assert [stage.caption for stage in stages] == [
+        "block 1: 32 reserved, 32 pruned", "block 2: 16 reserved, 16 pruned", "prompt: 9 image tokens, 55 pruned",
+    ]  # fmt: skip
+    assert stages[-1].after.tolist() == prompt.images[2].groups.tolist() and stages[-1].before.tolist() == stages[1].after.tolist()
+    assert np.flatnonzero(~stages[-1].pruned).tolist() == prompt.images[2].kept.tolist()
+    assert picture.size[0] > 4 * picture.size[1] / 3 and len(picture.getcolors(10**6)) > 20
+    dropped = sv.squeeze_prompt(model, inputs, tokens=9, fuse=False).images[0]
+    drawing.draw_prompt(photo, dropped, (8, 8))
+    assert drawn[-1][1][-1].caption == "prompt: 9 image tokens, 55 dropped"
+    with bad("64 features, 0 of them separators, which are not grid=", DataError):
+        drawing.draw_prompt(photo, dropped, (4, 8))
+    with bad("64 patches, and the image has 16 features", DataError):
+        drawing.draw_prompt(photo, sv.squeeze_prompt(host("gemma3"), vlm_zoo.prompt("gemma3")).images[0], tower=t)
+    with bad("336 features, 16 of them separators", DataError):
+        drawing.draw_prompt(photo, sv.squeeze_prompt(host("llava-next"), vlm_zoo.prompt("llava-next")).images[0])
 
 
 # bad input

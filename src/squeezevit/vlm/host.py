@@ -162,9 +162,18 @@ def separators(base: nn.Module, x: Tensor) -> Tensor:
     return found
 
 
+def copy_of(output: Any) -> Any:
+    """An encoder's output that may be written into, with what models add to it beside its fields."""
+    fresh = type(output)(**output)
+    for name, value in vars(output).items():
+        if getattr(fresh, name, None) is not value:
+            setattr(fresh, name, value)
+    return fresh
+
+
 def with_features(output: Any, new: Sequence[Tensor], groups: Sequence[Any]) -> Any:
     """An encoder's output with other features, and with the same groups made of those for deeper layers of the language model."""
-    fresh = type(output)(**output)
+    fresh = copy_of(output)
     old = output.pooler_output
     fresh.pooler_output = type(old)(new) if not isinstance(old, Tensor) else torch.stack(list(new)) if old.dim() == 3 else new[0]
     if (deep := getattr(output, "deepstack_features", None)) is not None:

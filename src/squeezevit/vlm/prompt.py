@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from squeezevit.errors import ConfigError
 from squeezevit.vlm import host
 from squeezevit.vlm.groups import Budget, Groups, group, join, redundancy
-from squeezevit.vlm.host import HOOK, MODALITIES, Image, Seen
+from squeezevit.vlm.host import HOOK, Image, Seen
 from squeezevit.vlm.tower import Watch
 
 Scores = Literal["redundancy", "tower"] | Callable[[Tensor, Image], Tensor]
@@ -54,7 +54,7 @@ class Prompt(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         value = self.inputs[name]
-        return {modality: type(out)(**out) for modality, out in value.items()} if name == HOOK else value
+        return {modality: host.copy_of(out) for modality, out in value.items()} if name == HOOK else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.inputs)
@@ -183,7 +183,7 @@ def _squeezed(
     made, told = [], []
     for (x, image), score in zip(_parts(seen), scores, strict=True):
         marks = host.separators(base, x)
-        made.append(group(x.detach(), budget.count(int((~marks).sum())), score, marks, fuse))
+        made.append(group(x, budget.count(int((~marks).sum())), score, marks, fuse))
         told.append(ImageTokens(image.modality, image.row, image.places, made[-1].kept, made[-1].destinations, score, marks))
     left = iter(made)
     return [join([next(left) for _ in images]) for images in seen.images], told
@@ -226,18 +226,13 @@ def _cut(
 def _positions(
     base: Any, inputs: Mapping[str, Any], mask: Tensor, stays: Tensor, places: Places
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Positions of the whole prompt, [B, T] or [4, B, T], and the host's `rope_deltas` [B, 1], each where the host must be told.
-
-    The first of four rows counts what is in the cache, which hosts build masks from.
-    """
+    """Positions of the whole prompt, [B, T] or [3, B, T], and the host's `rope_deltas` [B, 1], each where the host must be told."""
     if inputs.get("position_ids") is not None:
         return inputs["position_ids"], None
     attended = mask.long()
     if (found := host.positions(base, inputs)) is not None:
         grid, later = found
-        in_cache = ((attended * stays).cumsum(dim=1) - 1).clamp(min=0)
-        whole = torch.cat([in_cache[None], grid]) if len(grid) == len(MODALITIES) + 1 else grid
-        return whole, later + (attended * ~stays).sum(dim=1, keepdim=True).to(later)
+        return grid, later + (attended * ~stays).sum(dim=1, keepdim=True).to(later)
     return ((attended.cumsum(dim=1) - 1).clamp(min=0), None) if places == "original" else (None, None)
 
 

@@ -1,6 +1,7 @@
 """A vision-language model whose `generate` and `forward` take the processor's plain output and see fewer image tokens."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -67,8 +68,9 @@ class VLM(nn.Module):
         """`squeeze_prompt` with the settings of this wrapper: for a look at what became of the images."""
         return squeeze_prompt(self.model, inputs, **self.settings)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's own output for the shorter prompt: logits [B, T', V], and the loss where there are labels [B, T]."""
+        kwargs |= {} if labels is None else {"labels": labels}
         if not host.shown(host.base_of(self.model), kwargs):
             return self.model(*args, **kwargs)
         return self.model(*args, **self.squeeze(kwargs))
@@ -78,7 +80,7 @@ class VLM(nn.Module):
         """As the model's own. inputs: input_ids [B, T], or a prompt from `squeeze`, whose images are then not encoded again."""
         if isinstance(inputs, Tensor):
             kwargs["input_ids"] = inputs
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = _cache_in(kwargs)
         if cache is not None and cache.get_seq_length():
             return self._go_on(cache, kwargs, inputs)
         if isinstance(inputs, Prompt):
@@ -95,7 +97,7 @@ class VLM(nn.Module):
         copies = len(sequences) // len(prompt.ids)
         told = torch.cat([prompt.ids.repeat_interleave(copies, dim=0), sequences[:, prompt["input_ids"].shape[1] :]], dim=1)
         if not isinstance(out, Tensor):
-            out.sequences, cache = told, out.get("cache", out.get("past_key_values"))
+            out.sequences, cache = told, _cache_in(out)
         if cache is not None:
             held = {name: value for name, value in prompt.items() if name in _KEPT}
             setattr(cache, _TURN, _Turn(replace(prompt, inputs=held), told))
@@ -104,12 +106,16 @@ class VLM(nn.Module):
     def _lengths(self, options: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
         """With lengths that count the prompt made shorter by what left it."""
         gone = prompt.ids.shape[1] - prompt["input_ids"].shape[1]
-        config = options.get("generation_config") or self.model.generation_config
+        own = options.get("generation_config")
+        config = copy(own or self.model.generation_config)
         for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             length = options.get(name, getattr(config, name, None))
             if length and options.get(new, getattr(config, new, None)) is None:
-                options[name] = max(length - gone, 0)
-        return options
+                if own is None or name in options:
+                    options[name] = max(length - gone, 0)
+                else:
+                    setattr(config, name, max(length - gone, 0))
+        return options if own is None else {**options, "generation_config": config}
 
     def _go_on(self, cache: Any, kwargs: dict[str, Any], inputs: object) -> Any:
         """A later turn on one cache: what the earlier ones left out is left out of the conversation again."""
@@ -124,6 +130,11 @@ class VLM(nn.Module):
         _require_same(kwargs.get("input_ids"), turn, cache.get_seq_length())
         prompt = _longer(turn.prompt, kwargs["input_ids"], kwargs.get("attention_mask"))
         return self._run(prompt, {**kwargs, **prompt}, cache)
+
+
+def _cache_in(found: Mapping[str, Any]) -> Any:
+    """By its name, or by the one that it had in transformers before."""
+    return next((found[name] for name in ("cache", "past_key_values") if name in found), None)
 
 
 def _longer(prompt: Prompt, ids: Tensor, mask: Tensor | None) -> Prompt:
