@@ -22,6 +22,7 @@ import transformers
 import typer
 
 import squeezevit as sv
+import vlm_zoo
 from squeezevit import cli
 from squeezevit.budget import latency
 from squeezevit.cli import app
@@ -86,10 +87,19 @@ def offline(monkeypatch, tmp_path):
         clock = latency.Clock(meter, reducer)
         return clock.seconds(reducer), clock.seconds(reducer) / clock.dense
 
+    class Processor:
+        def apply_chat_template(self, messages, **kwargs):
+            return vlm_zoo.prompt("qwen2.5-vl")
+
+        def batch_decode(self, ids, **kwargs):
+            return [str(row.tolist()) for row in ids]
+
     create, load = timm.create_model, transformers.AutoModelForImageClassification.from_pretrained
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr(transformers.AutoModelForImageClassification, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda name: vlm_zoo.model("qwen2.5-vl"))
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: Processor())
     monkeypatch.setattr(latency, "profile", profile)
     monkeypatch.setattr(latency, "ratio", ratio)
     monkeypatch.setattr(catalog, "_METHODS", dict(catalog._METHODS))  # a method that a page registers is gone afterwards
