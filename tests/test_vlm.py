@@ -427,6 +427,22 @@ def test_a_conversation_goes_on_with_its_cache(name, places):
         torch.testing.assert_close(torch.stack(out.logits), torch.stack(anew.logits), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+def test_a_turn_s_own_padding_is_respected(name):
+    model, inputs = host(name), vlm_zoo.prompt(name, ROWS)
+    vlm, options = sv.VLM(model, keep=0.4), {**GREEDY, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+    out = vlm.generate(**inputs, **options)
+    told = {**inputs, "input_ids": torch.cat([out.sequences, torch.tensor([[30, 31, 32], [0, 0, 36]])], dim=1)}
+    new = torch.tensor([[1] * 7, [1] * 4 + [0, 0, 1]])
+    told["attention_mask"] = torch.cat([inputs["attention_mask"], new], dim=1)
+    if types := HOSTS[name].types:
+        told[types] = torch.cat([inputs[types], torch.zeros_like(new)], dim=1)
+    later = vlm.generate(**{key: told[key] for key in ("input_ids", "attention_mask")}, cache=out.cache, **options)
+    anew = vlm.generate(**told, **options)
+    assert torch.equal(later.sequences, anew.sequences)
+    torch.testing.assert_close(torch.stack(later.logits), torch.stack(anew.logits), rtol=1e-4, atol=2e-5)
+
+
 def test_conversations_that_cannot_go_on_are_refused():
     model, inputs = host("llava"), vlm_zoo.prompt("llava")
     vlm, options = sv.VLM(model, keep=0.4), {**GREEDY, "eos_token_id": None, "return_dict_in_generate": True}
@@ -486,6 +502,20 @@ def test_gradients_reach_projector_and_tower():
         sv.VLM(model, keep=0.3)(**inputs, labels=inputs["input_ids"].where(inputs["input_ids"] != IMAGE, -100)).loss.backward()
     for weight in (model.model.multi_modal_projector.linear_1.weight, model.model.vision_tower.embeddings.patch_embedding.weight):
         assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+def test_adapters_around_the_model():
+    peft = pytest.importorskip("peft")
+    model, inputs = vlm_zoo.model("llava"), vlm_zoo.prompt("llava", ROWS)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config)
+    vlm = sv.VLM(adapted, keep=0.5)
+    logits = vlm(**inputs).logits
+    assert torch.equal(logits, adapted(**sv.squeeze_prompt(adapted, inputs, 0.5)).logits)
+    assert torch.equal(sv.VLM(adapted, 1.0).generate(**inputs, **GREEDY), adapted.generate(**inputs, **GREEDY))
+    with adapted.disable_adapter():
+        assert not torch.allclose(vlm(**inputs).logits, logits)
 
 
 # scores
@@ -690,6 +720,14 @@ def test_models_that_cannot_be_given_features(monkeypatch):
         UnsupportedError,
     ):
         sv.squeeze_prompt(model, inputs)
+
+
+def test_models_that_always_ask_for_pixels():
+    tower = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 56}
+    former = {"num_hidden_layers": 1, "encoder_hidden_size": 48}
+    config = hf.Blip2Config(vision_config=tower, qformer_config=former, text_config=hf.OPTConfig(num_hidden_layers=1))
+    with torch.device("meta"), bad("Blip2ForConditionalGeneration asks for pixel_values even where", UnsupportedError):
+        sv.VLM(hf.Blip2ForConditionalGeneration(config))
 
 
 def test_towers_without_scores():

@@ -84,6 +84,17 @@ def aya() -> Any:
     return hf.AyaVisionForConditionalGeneration(hf.AyaVisionConfig(**towers, image_token_index=IMAGE, downsample_factor=2))
 
 
+def cohere2() -> Any:
+    towers = {"vision_config": hf.SiglipVisionConfig(**HEADLESS), "text_config": hf.Cohere2Config(**TEXT, sliding_window=64)}
+    options = {"image_token_id": IMAGE, "downsample_factor": 2, "alignment_intermediate_size": 64}
+    return hf.Cohere2VisionForConditionalGeneration(hf.Cohere2VisionConfig(**towers, **options))
+
+
+def janus() -> Any:
+    towers = {"vision_config": {**TOWER, "projection_dim": 32}, "text_config": hf.LlamaConfig(**WIDE)}
+    return hf.JanusForConditionalGeneration(hf.JanusConfig(**towers, image_token_id=IMAGE))
+
+
 def lfm2() -> Any:
     sizes = {name: value for name, value in TOWER.items() if name != "image_size"}
     text = hf.Lfm2Config(**TEXT, layer_types=["full_attention", "conv"], tie_word_embeddings=False)
@@ -200,6 +211,8 @@ HOSTS = {
     "gemma3": Host(gemma3, plain, 16, "token_type_ids"),
     "paligemma": Host(paligemma, plain, 64, "token_type_ids"),
     "aya": Host(aya, plain, 16),
+    "cohere2-vision": Host(cohere2, plain, 16),
+    "janus": Host(janus, plain, 64),
     "deepseek-vl": Host(deepseek, plain, 64),
     "llava-next": Host(llava_next, tiled, 64 + 16 * 17),
     "onevision": Host(onevision, tiled, 64 + 16 * 17),

@@ -39,16 +39,24 @@ class Seen:
 
 def base_of(model: nn.Module) -> Any:
     """What encodes images and runs the language model. Raises UnsupportedError where that cannot be handed features."""
-    base = getattr(model, "base_model", model)
+    adapted: Any = model
+    inside: Any = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted  # of peft
+    base = getattr(inside, "base_model", inside)
     if not any(hasattr(base, f"get_{modality}_features") for modality in MODALITIES):
         raise UnsupportedError(
             f"{type(model).__name__} has neither get_image_features nor get_video_features: it sees no images; give a "
             "vision-language model of transformers, as LlavaForConditionalGeneration"
         )
-    if HOOK not in inspect.signature(model.forward).parameters:
+    takes = inspect.signature(inside.forward).parameters
+    if HOOK not in takes:
         raise UnsupportedError(
-            f"the forward of {type(model).__name__} takes no {HOOK} (transformers {version('transformers')}), so it cannot be "
+            f"the forward of {type(inside).__name__} takes no {HOOK} (transformers {version('transformers')}), so it cannot be "
             "given fewer image tokens; use transformers 5.18 or later, and the model without wrappers around it"
+        )
+    if asks := [n for n, p in takes.items() if n.startswith("pixel_values") and p.default is p.empty]:
+        raise UnsupportedError(
+            f"the forward of {type(inside).__name__} asks for {', '.join(asks)} even where images are encoded already, so it "
+            "cannot be given fewer image tokens; leave this model unreduced"
         )
     return base
 
