@@ -64,14 +64,14 @@ class Writer:
     """Writes words one by one behind a prompt, each time from where the prompt ends."""
 
     def __init__(self, model: Any, prompt: Any, words: int) -> None:
-        self.model, self.words, self.tokens = model, words, prompt["input_ids"].shape[1]
+        self.model, self.words = model, words
         self.cache = prefill(model, prompt).cache
         self.word = prompt["input_ids"][:, -1:]
 
     def __call__(self) -> None:
         for _ in range(self.words):
             self.model(input_ids=self.word, cache=self.cache, use_cache=True)
-        self.cache.crop(self.tokens)
+        self.cache.crop(-self.words)
 
 
 def encoding_once_(base: Any) -> None:
@@ -124,7 +124,7 @@ def main() -> None:
         squeezing, writing = (timings.median((what, *case)) for what in ("squeeze", "write"))
         squeezing_best, writing_best = (timings.best((what, *case)) for what in ("squeeze", "write"))
         row = {
-            "keep": keep, "method": "squeeze" if fuse else "prune", "tokens": tokens, "image_tokens": len(prompt.images[0].kept),
+            "keep": keep, "what": "squeeze" if fuse else "prune", "tokens": tokens, "image_tokens": len(prompt.images[0].kept),
             "prefill_seconds": timings.median(("prefill", *case)), "prefill_seconds_best": timings.best(("prefill", *case)),
             "prefill_share": share, "prefill_share_best": best, "predicted": predicted,
             "of_predicted": share / predicted, "of_predicted_best": best / predicted,
@@ -132,7 +132,7 @@ def main() -> None:
             "cache_bytes": cache_bytes(prefill(model, prompt).cache),
             "tokens_per_second": args.new / writing, "tokens_per_second_best": args.new / writing_best,
         }  # fmt: skip
-        text = f"{row['method']} keep {keep}: {tokens} tokens, prefill {share:.3f} (best {best:.3f}, predicted {predicted:.3f}), "
+        text = f"{row['what']} keep {keep}: {tokens} tokens, prefill {share:.3f} (best {best:.3f}, predicted {predicted:.3f}), "
         text += f"squeezing {1e3 * squeezing_best:.1f} ms, {row['tokens_per_second']:.2f} tokens/s, "
         sheet.add(row, f"{text}cache {row['cache_bytes'] / 2**20:.2f} MiB")
     sheet.save()

@@ -189,7 +189,7 @@ def main() -> None:
         divergence = (dense.exp() * (dense - told)).sum(dim=-1).mean(dim=0).numpy()  # a mosaic's mean over its questions
         accuracy = good.float().mean(dim=0).numpy()
         row = {
-            "method": method, "tokens": budget, "places": places,
+            "what": method, "tokens": budget, "places": places,
             "accuracy": float(accuracy.mean()), "accuracy_se": standard_error(accuracy),
             "counts_right": float(good[0].float().mean()), "cells_right": float(good[1:].float().mean()),
             "kl": float(divergence.mean()), "kl_se": standard_error(divergence),

@@ -150,6 +150,8 @@ def test_positions_of_one_s_own_are_cut():
     line = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     own = sv.squeeze_prompt(model, {**inputs, "position_ids": line}, keep=0.5)
     assert torch.equal(own["position_ids"], sv.squeeze_prompt(model, inputs, keep=0.5, places="original")["position_ids"])
+    assert torch.equal(own["position_ids"], sv.squeeze_prompt(model, inputs, keep=0.5)["position_ids"])
+    assert "position_ids" not in sv.squeeze_prompt(model, inputs, keep=0.5, places="compact")
 
 
 # who else is in the batch, or in the text

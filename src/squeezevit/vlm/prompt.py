@@ -76,7 +76,7 @@ def squeeze_prompt(
     tokens: int | None = None,
     fuse: bool = True,
     scores: Scores = "redundancy",
-    places: Places = "compact",
+    places: Places = "original",
 ) -> Prompt:
     """A processor's output with fewer image tokens, as `model(**prompt)` and `model.generate(**prompt)` take it.
 
@@ -91,7 +91,7 @@ def squeeze_prompt(
     fuse: False drops the others, for comparison.
     scores: "redundancy", how little of a token others already say; "tower", the attention of the vision tower's last block, of its
     class token or received from all patches, for towers that SqueezeViT knows; or a function (features [N, C], `Image`) -> [N].
-    places: of models that count positions one by one, "compact" as the host counts the shorter prompt, "original" as in the whole
+    places: of models that count positions one by one, "original" as in the whole prompt, "compact" as the host counts the shorter
     one. Models with positions in time, height and width always have those of the whole prompt, and what they keep for the tokens to
     come (`rope_deltas`) is set as their own forward would set it.
 
@@ -233,7 +233,8 @@ def _positions(
     if (found := host.positions(base, inputs)) is not None:
         grid, later = found
         return grid, later + (attended * ~stays).sum(dim=1, keepdim=True).to(later)
-    return ((attended.cumsum(dim=1) - 1).clamp(min=0), None) if places == "original" else (None, None)
+    told = places == "original" and not bool(stays.all())
+    return ((attended.cumsum(dim=1) - 1).clamp(min=0) if told else None), None
 
 
 def _padding(model: Any) -> int:

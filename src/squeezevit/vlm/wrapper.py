@@ -47,7 +47,7 @@ class VLM(nn.Module):
         tokens: int | None = None,
         fuse: bool = True,
         scores: Scores = "redundancy",
-        places: Places = "compact",
+        places: Places = "original",
     ) -> None:
         super().__init__()
         Budget(0.5 if keep is None and tokens is None else keep, tokens)
