@@ -353,6 +353,21 @@ def test_the_table_of_the_demo_is_of_its_file():
         assert cells == [label(row), share, cost, speedup, percent(row), against, cosine(row)]
 
 
+def test_the_tables_of_the_vision_language_page_are_of_their_files():
+    page, cost, quality = ROOT / "docs" / "vlm.md", results("vlm")["rows"], results("vlm_quality")["rows"]
+    for cells, row in zip(table(page, "| keep | method | prompt"), cost, strict=True):
+        shares = [f"{row[name]:.{digits}f}" for name, digits in (("prefill_share_best", 3), ("of_predicted_best", 2))]
+        assert cells[:3] == [f"{row['keep']:g}", row["what"], str(row["tokens"])] and cells[4:6] == shares
+        assert cells[3] == f"{row['prefill_seconds_best']:.2f} s" and cells[7] == f"{row['cache_bytes'] / 2**20:.2f} MiB"
+        assert cells[6] == f"{1e3 * row['squeeze_seconds_best']:.0f} ms" and cells[8] == f"{row['tokens_per_second_best']:.1f}"
+    found = table(page, "| method, places")
+    for name, *cells in found:
+        rows = [row for row in quality if f"{row['what']}, {row['places']}" == name]
+        rows.sort(key=lambda row: -row["tokens"])
+        assert cells == [f"{r['kl']:.3f} ± {r['kl_se']:.3f}" for r in rows] + [f"{100 * r['accuracy']:.1f}" for r in rows]
+    assert len(found) == 14 and len(quality) == 1 + 4 * len(found)
+
+
 def test_one_preset_has_one_name():
     cells = [
         cell.strip(" *") for page in PAGES for line in page.read_text().splitlines() if line[:1] == "|" for cell in line.split("|")
