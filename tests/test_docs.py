@@ -22,6 +22,7 @@ import transformers
 import typer
 
 import squeezevit as sv
+import vlm_zoo
 from squeezevit import cli
 from squeezevit.budget import latency
 from squeezevit.cli import app
@@ -86,10 +87,19 @@ def offline(monkeypatch, tmp_path):
         clock = latency.Clock(meter, reducer)
         return clock.seconds(reducer), clock.seconds(reducer) / clock.dense
 
+    class Processor:
+        def apply_chat_template(self, messages, **kwargs):
+            return vlm_zoo.prompt("qwen2.5-vl")
+
+        def batch_decode(self, ids, **kwargs):
+            return [str(row.tolist()) for row in ids]
+
     create, load = timm.create_model, transformers.AutoModelForImageClassification.from_pretrained
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr(transformers.AutoModelForImageClassification, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda name: vlm_zoo.model("qwen2.5-vl"))
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: Processor())
     monkeypatch.setattr(latency, "profile", profile)
     monkeypatch.setattr(latency, "ratio", ratio)
     monkeypatch.setattr(catalog, "_METHODS", dict(catalog._METHODS))  # a method that a page registers is gone afterwards
@@ -341,6 +351,21 @@ def test_the_table_of_the_demo_is_of_its_file():
         against = f"{100 * row['paired_difference']:+.1f} ± {100 * row['paired_difference_se']:.1f}" if row["target"] < 1 else ""
         share, cost, speedup = f"{100 * row['macs_share']:.1f}", f"{row['macs'] / 1e9:.2f}", f"{row['speedup']:.2f}"
         assert cells == [label(row), share, cost, speedup, percent(row), against, cosine(row)]
+
+
+def test_the_tables_of_the_vision_language_page_are_of_their_files():
+    page, cost, quality = ROOT / "docs" / "vlm.md", results("vlm")["rows"], results("vlm_quality")["rows"]
+    for cells, row in zip(table(page, "| keep | method | prompt"), cost, strict=True):
+        shares = [f"{row[name]:.{digits}f}" for name, digits in (("prefill_share_best", 3), ("of_predicted_best", 2))]
+        assert cells[:3] == [f"{row['keep']:g}", row["what"], str(row["tokens"])] and cells[4:6] == shares
+        assert cells[3] == f"{row['prefill_seconds_best']:.2f} s" and cells[7] == f"{row['cache_bytes'] / 2**20:.2f} MiB"
+        assert cells[6] == f"{1e3 * row['squeeze_seconds_best']:.0f} ms" and cells[8] == f"{row['tokens_per_second_best']:.1f}"
+    found = table(page, "| method, places")
+    for name, *cells in found:
+        rows = [row for row in quality if f"{row['what']}, {row['places']}" == name]
+        rows.sort(key=lambda row: -row["tokens"])
+        assert cells == [f"{r['kl']:.3f} ± {r['kl_se']:.3f}" for r in rows] + [f"{100 * r['accuracy']:.1f}" for r in rows]
+    assert len(found) == 14 and len(quality) == 1 + 4 * len(found)
 
 
 def test_one_preset_has_one_name():

@@ -18,6 +18,7 @@ ROOMS = (
     "bundle",
     "export",
     "embed",
+    "vlm",
     "cli",
 )  # of which each is a folder
 ALONE = ("errors", "sums", "checkpoint", "extend")

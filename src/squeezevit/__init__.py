@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from squeezevit.bundle import load, save
     from squeezevit.checkpoint import from_pretrained, load_checkpoint_
     from squeezevit.export.job import export
+    from squeezevit.vlm import VLM, squeeze_prompt
 
 __version__ = "0.1.0"
 __all__ = [
     "DTPS",
     "ETPS",
+    "VLM",
     "DynamicViT",
     "EViT",
     "Identity",
@@ -46,6 +48,7 @@ __all__ = [
     "reduce_",
     "restore_",
     "save",
+    "squeeze_prompt",
     "trace",
 ]
 _WHEN_ASKED = {  # what not every program that reduces a model needs is imported when it is first named
@@ -56,6 +59,8 @@ _WHEN_ASKED = {  # what not every program that reduces a model needs is imported
     "export": "squeezevit.export.job",
     "load": "squeezevit.bundle",
     "save": "squeezevit.bundle",
+    "VLM": "squeezevit.vlm",
+    "squeeze_prompt": "squeezevit.vlm",
 }
 
 
