@@ -1,4 +1,4 @@
-"""How near a vision-language model stays to itself with fewer image tokens: squeezing, pruning, chance, pooling at equal budgets.
+"""How near a vision-language model stays to itself with fewer image tokens: scores, chance and pooling at equal budgets.
 
     python benchmarks/vlm_quality.py [--features FILE]        # benchmarks/results/vlm_quality.json
 
@@ -142,6 +142,7 @@ def reduced(model: Any, method: str, inputs: dict[str, Tensor], weight: Tensor, 
     if name == "pool":
         return pooled(model, inputs, budget, places)
     scores = {
+        "even": "even",
         "redundancy": "redundancy",
         "attention": lambda x, image: weight[image.number],
         "chance": lambda x, image: torch.rand(len(x), generator=torch.Generator().manual_seed(image.number)),
@@ -149,7 +150,7 @@ def reduced(model: Any, method: str, inputs: dict[str, Tensor], weight: Tensor, 
     return sv.squeeze_prompt(model, inputs, tokens=budget, fuse=name == "squeeze", scores=scores, places=places)
 
 
-METHODS = (*(f"{how} by {what}" for what in ("redundancy", "attention", "chance") for how in ("squeeze", "prune")), "pool")
+METHODS = (*(f"{how} by {what}" for what in ("even", "redundancy", "attention", "chance") for how in ("squeeze", "prune")), "pool")
 
 
 @torch.inference_mode()

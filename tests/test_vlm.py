@@ -15,7 +15,9 @@ import vlm_zoo
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
 from squeezevit.report import prompt as drawing
 from squeezevit.report.overlay import figure
-from squeezevit.vlm import Prompt
+from squeezevit.vlm import Image, Prompt
+from squeezevit.vlm.groups import even
+from squeezevit.vlm.host import columns
 from vlm_zoo import BEGIN, END, HOSTS, IMAGE, VIDEO
 
 ROWS = ((7,), (8, 9))  # images of two texts
@@ -107,8 +109,10 @@ def test_generated_tokens_stand_where_they_stand_behind_the_whole_prompt(name):
     """The oracle writes word by word behind the whole, masked prompt, without a cache."""
     model, inputs = host(name), vlm_zoo.prompt(name, ROWS)
     oracle, n = masked(name, inputs, sv.squeeze_prompt(model, inputs, **PRUNE)), inputs["input_ids"].shape[1]
+    image = model.config.image_token_id  # random models would say it, and then show nothing for it
     for _ in range(GREEDY["max_new_tokens"]):
-        word = model(**oracle).logits[:, -1].argmax(dim=-1, keepdim=True)
+        logits = model(**oracle).logits[:, -1]
+        word = logits.index_fill(1, torch.tensor([image]), -torch.inf).argmax(dim=-1, keepdim=True)
         last = oracle["position_ids"][..., -1:]
         oracle["position_ids"] = torch.cat([oracle["position_ids"], last + 1], dim=-1)
         ends = {"input_ids": word, "attention_mask": torch.ones_like(word)}
@@ -116,7 +120,8 @@ def test_generated_tokens_stand_where_they_stand_behind_the_whole_prompt(name):
         ends |= {types: torch.zeros_like(word)} if types else {}
         oracle |= {key: torch.cat([oracle[key], end], dim=1) for key, end in ends.items()}
     for options in ({}, {"use_cache": False}):
-        out = sv.VLM(model, **PRUNE).generate(**inputs, **GREEDY, **options, eos_token_id=None)
+        options = {**GREEDY, **options, "eos_token_id": None, "suppress_tokens": [image]}
+        out = sv.VLM(model, **PRUNE).generate(**inputs, **options)
         assert torch.equal(out, oracle["input_ids"]), options
     assert out.shape[1] == n + 4
 
@@ -560,6 +565,52 @@ def test_scores_by_the_tower_s_attention(name, step):
     torch.testing.assert_close(prompt.images[0].scores, expected, **CLOSE)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (12, 12), (6, 16), (24, 24)])
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.1])
+def test_even_tokens_lie_evenly(rows, columns, share):
+    """No window of the grid has more or fewer than its share by much; chance is off by more."""
+    n = rows * columns
+    x = torch.randn(n, 16, generator=torch.Generator().manual_seed(0))
+    scores = even(x, torch.zeros(n, dtype=torch.bool), columns)
+    assert len(scores.unique()) == n
+
+    def worst(scores: torch.Tensor) -> float:
+        k = round(share * n)
+        kept = torch.zeros(n).scatter(0, scores.topk(k).indices, 1.0).view(1, 1, rows, columns)
+        windows = torch.nn.functional.avg_pool2d(kept, (rows // 2, columns // 2), stride=1) * (n // 4)
+        return float((windows - k / 4).abs().max())
+
+    chance = sum(worst(torch.rand(n, generator=torch.Generator().manual_seed(i))) for i in range(10)) / 10
+    assert worst(scores) < 0.8 * chance
+
+
+def test_lines_of_an_image_are_told_by_what_the_host_says():
+    """Positions in width, marks at lines' ends, tokens of the text between lines, a square; or nothing does."""
+
+    def image(places: list[int]) -> Image:
+        return Image(0, "image", 0, torch.tensor(places), torch.zeros(99, dtype=torch.long))
+
+    def none(n: int) -> torch.Tensor:
+        return torch.zeros(n, dtype=torch.bool)
+
+    across = torch.arange(99)[None] % 5
+    assert columns(image([*range(5, 25)]), none(20), across) == 5
+    marked = torch.tensor([i % 7 == 6 for i in range(21)])
+    assert columns(image([*range(21)]), marked, None) == 6
+    assert columns(image([i + i // 4 for i in range(12)]), none(12), None) == 4
+    assert columns(image([*range(16)]), none(16), None) == 4
+    assert columns(image([*range(15)]), none(15), None) is None
+    assert columns(image([*range(4)]), ~none(4), None) is None
+
+
+@pytest.mark.parametrize(("name", "width"), [("llava", 8), ("qwen2-vl", 4), ("mistral3", 4)])
+def test_hosts_keep_tokens_all_over_the_image(name, width):
+    """Half of the tokens are half of each line's, one more or less."""
+    (image, *_) = sv.squeeze_prompt(host(name), vlm_zoo.prompt(name), keep=0.5).images
+    kept = torch.bincount(image.kept // width, minlength=len(image.groups) // width)
+    assert kept.min() >= width // 2 - 1 and kept.max() <= width // 2 + 1
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2-vl"])
 def test_redundancy_is_the_likeness_to_a_more_unusual_token(name):
     """Token by token: 1 - the highest cosine with one that is less like the mean of all."""
@@ -571,11 +622,12 @@ def test_redundancy_is_the_likeness_to_a_more_unusual_token(name):
     expected = [
         1 - max((float(unit[i] @ unit[j]) for j in range(len(x)) if usual[j] < usual[i]), default=-1) for i in range(len(x))
     ]
-    scores = sv.squeeze_prompt(model, inputs, keep=0.5).images[0].scores
+    scores = sv.squeeze_prompt(model, inputs, keep=0.5, scores="redundancy").images[0].scores
     np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)
 
 
-def test_redundant_tokens_leave_first():
+@pytest.mark.parametrize("scores", ["even", "redundancy"])
+def test_twins_leave_first(scores):
     """Of pairs of twins one each stays, and takes the other in."""
     model, inputs = host("llava"), vlm_zoo.prompt("llava")
     twins = {}
@@ -589,7 +641,7 @@ def test_redundant_tokens_leave_first():
     doubled.__signature__ = __import__("inspect").signature(twins["encode"])
     model.model.get_image_features = doubled
     try:
-        (image,) = sv.squeeze_prompt(model, inputs, keep=0.5).images
+        (image,) = sv.squeeze_prompt(model, inputs, keep=0.5, scores=scores).images
     finally:
         del model.model.get_image_features
     assert sorted(k % 32 for k in image.kept.tolist()) == list(range(32))

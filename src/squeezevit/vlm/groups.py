@@ -71,6 +71,28 @@ def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
+def even(x: Tensor, marks: Tensor, columns: int | None) -> Tensor:
+    """Numbers of which the k highest lie evenly over an image, for every k, twins last: [N, C] -> [N] float32.
+
+    marks: [N] bool, separators, which lie outside of the image's lines. columns: how many features a line has, None where nothing
+    tells; they are then taken evenly along their order. In rows and columns it is Roberts' R2 dither mask (2018), the fractions of
+    row / g + column / g^2 with g = 1.3247, the real root of g^3 = g + 1; along a line those of multiples of the golden ratio. A
+    feature that is the same as one before it in this order is lowered by 1, so that nothing stays twice.
+    """
+    index = (~marks).cumsum(dim=0).double() - 1
+    if columns is None:
+        place = index * _GOLDEN
+    else:
+        place = torch.div(index, columns, rounding_mode="floor") / _PLASTIC + (index % columns) / _PLASTIC**2
+    order = 1 - (place % 1).float()
+    twins = ops.uniqueness(x[None], order[None])[0] < _SAME
+    return order - twins.float()
+
+
+_GOLDEN, _PLASTIC = 0.6180339887498949, 1.324717957244746
+_SAME = 1e-5  # 1 - cosine
+
+
 def redundancy(x: Tensor) -> Tensor:
     """How little of each feature others already say: [N, C] -> [N] float32, 2 for the one that says most.
 

@@ -1,6 +1,7 @@
 """What is asked of a vision-language model of transformers: by signatures and by its own rules, never by its class."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -168,6 +169,26 @@ def separators(base: nn.Module, x: Tensor) -> Tensor:
         if mark.shape == x.shape[1:]:
             found |= (x == mark.to(x)).all(dim=-1)
     return found
+
+
+def columns(image: Image, marks: Tensor, across: Tensor | None) -> int | None:
+    """How many features a line of an image has; None where nothing tells.
+
+    marks: [N] bool, its separators. across: [B, T], the prompt's positions in width, where the host has such. Otherwise lines are
+    told by what stands between them, or the image is a square.
+    """
+    places, count = image.places, int((~marks).sum())
+    if across is not None:
+        width = len(across[image.row, places][~marks].unique())
+        return width if width and count % width == 0 else None
+    new = torch.ones_like(marks)
+    new[1:] = (places[1:] != places[:-1] + 1) | (marks[1:] != marks[:-1])
+    runs = torch.bincount((new.cumsum(dim=0) - 1)[~marks])
+    lengths, times = runs[runs > 0].unique(return_counts=True)
+    if count and int(times.max()) > 1:
+        return int(lengths[times.argmax()])
+    side = math.isqrt(count)
+    return side if side and side * side == count else None
 
 
 def copy_of(output: Any) -> Any:

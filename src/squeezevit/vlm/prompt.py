@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from squeezevit.errors import ConfigError
 from squeezevit.vlm import host
-from squeezevit.vlm.groups import Budget, Groups, group, join, redundancy
+from squeezevit.vlm.groups import Budget, Groups, even, group, join, redundancy
 from squeezevit.vlm.host import HOOK, Image, Seen
 from squeezevit.vlm.tower import Watch
 
-Scores = Literal["redundancy", "tower"] | Callable[[Tensor, Image], Tensor]
+Scores = Literal["even", "redundancy", "tower"] | Callable[[Tensor, Image], Tensor]
 Places = Literal["compact", "original"]
 
 
@@ -75,7 +75,7 @@ def squeeze_prompt(
     *,
     tokens: int | None = None,
     fuse: bool = True,
-    scores: Scores = "redundancy",
+    scores: Scores = "even",
     places: Places = "original",
 ) -> Prompt:
     """A processor's output with fewer image tokens, as `model(**prompt)` and `model.generate(**prompt)` take it.
@@ -89,8 +89,9 @@ def squeeze_prompt(
     processor returned; what is not known here is passed on as it is.
     keep: the share of each image's tokens that stay, K = ceil(keep * N), half of them unless told. tokens: their number instead.
     fuse: False drops the others, for comparison.
-    scores: "redundancy", how little of a token others already say; "tower", the attention of the vision tower's last block, of its
-    class token or received from all patches, for towers that SqueezeViT knows; or a function (features [N, C], `Image`) -> [N].
+    scores: "even", evenly over the image, whatever it shows; "redundancy", how little of a token others already say; "tower", the
+    attention of the vision tower's last block, of its class token or received from all patches, for towers that SqueezeViT knows;
+    or a function (features [N, C], `Image`) -> [N].
     places: of models that count positions one by one, "original" as in the whole prompt, "compact" as the host counts the shorter
     one. Models with positions in time, height and width always have those of the whole prompt, and what they keep for the tokens to
     come (`rope_deltas`) is set as their own forward would set it.
@@ -113,7 +114,7 @@ def squeeze_prompt(
             f"there is no image in the prompt: it has {', '.join(inputs)}; give what the processor returned for text and images, "
             "or call the model itself"
         )
-    seen = _encoded(model, base, arguments, ids, scores)
+    seen = _encoded(model, base, arguments, inputs, scores)
     stays, new, images = torch.ones_like(ids, dtype=torch.bool), {}, list[ImageTokens]()
     for one, given in seen:
         groups, told = _squeezed(base, one, given, budget, fuse)
@@ -125,33 +126,46 @@ def squeeze_prompt(
 
 
 def _check_choices(scores: object, places: object) -> None:
-    if not callable(scores) and scores not in ("redundancy", "tower"):
-        raise ConfigError(f"scores={scores!r} is unknown; give 'redundancy', 'tower' or a function (features [N, C], image) -> [N]")
+    if not callable(scores) and scores not in ("even", "redundancy", "tower"):
+        raise ConfigError(
+            f"scores={scores!r} is unknown; give 'even', 'redundancy', 'tower' or a function (features [N, C], image) -> [N]"
+        )
     if places not in ("compact", "original"):
         raise ConfigError(f"places={places!r} is unknown; give 'compact' or 'original'")
 
 
 def _encoded(
-    model: nn.Module, base: Any, arguments: Mapping[str, Mapping[str, Any]], ids: Tensor, scores: Scores
+    model: nn.Module, base: Any, arguments: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Any], scores: Scores
 ) -> list[tuple[Seen, list[Tensor]]]:
     """What the encoders see in the images and in the videos, and the score of each of their features."""
-    first = 0
+    first, ids = 0, inputs["input_ids"]
+    across = _across(base, inputs) if scores == "even" else None
     found: list[tuple[Seen, list[Tensor]]] = []
     for modality, given in arguments.items():
         with Watch(base) if scores == "tower" else nullcontext() as watch:
             output = host.encode(base, modality, given)
         seen = host.placed(getattr(model, "config", None), modality, output, ids, len(arguments) == 1, first)
-        found.append((seen, _scored(base, seen, scores, watch)))
+        found.append((seen, _scored(base, seen, scores, watch, across)))
         first += sum(map(len, seen.images))
     return found
 
 
+def _across(base: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Positions in width of the whole prompt, [B, T], where the host has such."""
+    given = inputs.get("attention_mask")
+    mask = torch.ones_like(inputs["input_ids"]) if given is None else given
+    found = host.positions(base, {**inputs, "attention_mask": mask})
+    return None if found is None else found[0][-1]
+
+
 @torch.no_grad()
-def _scored(base: Any, seen: Seen, scores: Scores, watch: Watch | None) -> list[Tensor]:
+def _scored(base: Any, seen: Seen, scores: Scores, watch: Watch | None, across: Tensor | None) -> list[Tensor]:
     """A score for each feature of each image: [N] float32."""
     parts = _parts(seen)
     if watch is not None:
         return watch.scores([len(x) for x, _ in parts])
+    if scores == "even":
+        return [even(x, marks := host.separators(base, x), host.columns(image, marks, across)) for x, image in parts]
     if not callable(scores):
         return [redundancy(x) for x, _ in parts]
     return [_checked(scores(x, image), x, image) for x, image in parts]

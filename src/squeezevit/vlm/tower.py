@@ -71,4 +71,4 @@ class Watch:
         return row.view(new, step, new, step).sum(dim=(1, 3)).flatten()
 
 
-_REMEDY = 'use scores="redundancy", which asks for no attention, or a function of your own'
+_REMEDY = 'use scores="even" or "redundancy", which ask for no attention, or a function of your own'

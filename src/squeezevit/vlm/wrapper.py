@@ -46,7 +46,7 @@ class VLM(nn.Module):
         *,
         tokens: int | None = None,
         fuse: bool = True,
-        scores: Scores = "redundancy",
+        scores: Scores = "even",
         places: Places = "original",
     ) -> None:
         super().__init__()
