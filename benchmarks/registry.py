@@ -122,8 +122,8 @@ def _short(error: BaseException) -> str:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--libraries", nargs="+", default=["timm", "transformers"], help="those to try; others stay in the file")
-    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--libraries", nargs="+", default=["timm", "transformers"], help="those to try; rows of others stay in the file")
+    parser.add_argument("--only", default="", help="names that contain this; rows of others stay in the file")
     parser.add_argument("--json", type=Path, default=RESULTS / "registry.json")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -131,7 +131,8 @@ def main() -> None:
     logging.getLogger("squeezevit").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     sheet = Sheet(args.json, seconds=SECONDS, layers=LAYERS)
-    sheet.rows = [row for row in earlier(args.json).get("rows", []) if row["library"] not in args.libraries]
+    before = earlier(args.json).get("rows", [])
+    sheet.rows = [row for row in before if row["library"] not in args.libraries or args.only not in row["name"]]
 
     def late(*_: object) -> None:
         raise Late(f"more than {SECONDS} s")
