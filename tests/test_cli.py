@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import squeezevit as sv
 from squeezevit.checkpoint import save_checkpoint
@@ -113,6 +114,49 @@ def test_show_draws_a_png_in_the_photographs_proportions(photos, tmp_path):
     for row in rows:
         with Image.open(row["file"]) as drawing:
             assert drawing.width > 400
+
+
+@pytest.mark.parametrize("ending", [".gif", ".WEBP"])
+def test_show_animates_the_stages(ending, photos, tmp_path, capsys):
+    one, several = tmp_path / "new" / f"one{ending}", tmp_path / f"all{ending}"
+    options = ["--model", "test_vit", "--image-size", 64, "--at", "1,3", "--out", tmp_path, "--json", tmp_path / "show.json"]
+    photo = photos / "val" / "bee" / "0.png"
+    assert run("show", photo, *options, "--animate", one) == 0
+    with Image.open(one) as moving:
+        assert moving.n_frames == 3 and moving.info["loop"] == 0  # the photograph and two stages
+        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(moving)]
+        assert all(np.abs(a - b).mean() > 1 for a, b in pairwise(frames))
+    assert run("show", photos / "val" / "bee", *options, "--animate", several) == 0
+    assert sorted(file.name for file in tmp_path.glob("all*")) == [f"all-{i}{ending}" for i in range(3)]
+    assert {row["animation"] for row in json.loads((tmp_path / "show.json").read_text())["rows"]} == {
+        str(tmp_path / f"all-{i}{ending}") for i in range(3)
+    }
+
+
+def test_what_show_cannot_write_is_refused_before_a_model_is_built(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("a model was built"))
+    (tmp_path / "file").write_text("")
+    assert "--animate x.mp4 ends in neither of .gif, .webp" in fails(capsys, "show", photos, "--animate", "x.mp4")
+    assert "cannot be made" in fails(capsys, "show", photos, "--animate", tmp_path / "file" / "x.gif")
+    assert "style 'cubist' is not known; choose from mean, outlines" in fails(capsys, "show", photos, "--style", "cubist")
+
+
+def test_show_says_in_words_what_was_counted(photos, tmp_path, capsys):
+    options = ["--model", "test_vit", "--image-size", 64, "--at", "0,2", "--keep", "0.5", "--out", tmp_path]
+    assert run("show", photos / "val" / "bee" / "0.png", *options) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    model = timm.create_model("test_vit", img_size=(64, 80))
+    fewer = sv.macs(model) / sv.macs(sv.reduce_(model, sv.ETPS(keep=0.5, at=(0, 2))))
+    assert fewer > 1.5 and f"eTPS, half of the tokens at each of 2 stages, {fewer:.1f} x fewer multiply-adds" in said
+
+
+def test_show_draws_over_no_photograph(photos, tmp_path):
+    photo = (photos / "val" / "bee" / "0.png").read_bytes()
+    for name in ("a.png", "a-etps.png"):
+        (tmp_path / name).write_bytes(photo)
+    assert run("show", tmp_path, "--model", "test_vit", "--image-size", 64, "--out", tmp_path) == 0
+    assert (tmp_path / "a-etps.png").read_bytes() == photo
+    assert (tmp_path / "a-etps-2.png").is_file() and (tmp_path / "a-etps-etps.png").is_file()
 
 
 def test_version_and_help(capsys):

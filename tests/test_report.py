@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image  # noqa: E402
 
 from squeezevit.errors import ConfigError, DataError  # noqa: E402
-from squeezevit.reducers import TopK, catalog  # noqa: E402
+from squeezevit.reducers import ETPS, Identity, ToMe, TopK, catalog  # noqa: E402
 from squeezevit.report import (  # noqa: E402
     Panel,
     StageGroups,
@@ -29,13 +29,21 @@ from squeezevit.report import (  # noqa: E402
     draw_stage,
     figure,
     panels,
+    show,
     stages_from_trace,
     write_report,
 )
 from squeezevit.report.charts import accuracy_chart, cosine_chart, speed_chart  # noqa: E402
 from squeezevit.report.findings import findings, ties  # noqa: E402
 from squeezevit.report.html import picture_uri  # noqa: E402
-from squeezevit.report.overlay import group_colours, outline_mask, palette, patch_of_pixel  # noqa: E402
+from squeezevit.report.overlay import (  # noqa: E402
+    columns_for,
+    fill_stage,
+    group_colours,
+    outline_mask,
+    palette,
+    patch_of_pixel,
+)
 from squeezevit.report.rows import current, method_name  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -263,6 +271,58 @@ def test_what_joined_now_is_washed_more_strongly() -> None:
     drawn = np.asarray(draw_stage(GREY, before, after, (8, 8), pruned)).astype(int)
     early, late = np.abs(drawn[150, 300] - 150).sum(), np.abs(drawn[400, 300] - 150).sum()
     assert late > 1.2 * early
+
+
+def test_a_group_is_filled_with_the_mean_colour_of_its_patches() -> None:
+    grid, after = (8, 8), np.arange(64) // 3  # groups that go over the ends of rows
+    drawn = np.asarray(fill_stage(picture := photo(448, 448), after, grid))
+    group = after[patch_of_pixel(grid, drawn.shape[:2])]
+    inside = ~outline_mask(group, 1)
+    for number in (0, 7, 21):
+        mean = picture[group == number].mean(axis=0)
+        assert np.abs(drawn[inside & (group == number)] - mean).max() <= 0.5
+    line = np.abs(drawn[~inside].astype(int) - np.stack([picture[group == g].mean(axis=0) for g in group[~inside]]))
+    assert line.sum(axis=-1).min() > 30
+    assert (~inside).mean() < 0.1  # thin
+
+
+def test_dropped_patches_are_hatched_and_dark_among_mean_colours() -> None:
+    after = np.where(np.arange(64) < 32, -1, np.arange(64) - 32)
+    drawn = np.asarray(fill_stage(GREY, after, (8, 8)))
+    dropped, kept = drawn[20:200], drawn[250:430]
+    assert dropped.mean() < 0.6 * kept.mean()
+    assert len(np.unique(dropped[5:25, 5:25])) > 1 and (kept == 150).mean() > 0.8
+
+
+def test_styles_are_two() -> None:
+    stages = stages_from_trace(trace([(list(range(8)), list(range(8)))], patches=16))
+    mean, outlines = (np.asarray(panels(photo(), stages, style=style)[1].image) for style in ("mean", "outlines"))
+    assert np.array_equal(mean, np.asarray(panels(photo(), stages)[1].image))
+    assert not np.array_equal(mean, outlines)
+    with pytest.raises(ConfigError, match="style 'cubist' is not known; choose from mean, outlines"):
+        show.check_style("cubist")
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (4, 1), (5, 1), (6, 2), (7, 2), (9, 3), (13, 3), (25, 5)])
+def test_no_row_of_a_figure_is_nearly_empty(count: int, rows: int) -> None:
+    columns = columns_for(count)
+    assert -(-count // columns) == rows
+    assert count - (rows - 1) * columns >= 0.6 * columns
+
+
+@pytest.mark.parametrize(
+    ("reducer", "counts", "fewer", "words"),
+    [
+        (ETPS(keep=0.5), [(257, 129), (129, 65), (65, 33)], 2.13, "eTPS, half of the tokens at each of 3 stages, 2.1 x fewer"),
+        (TopK(keep=0.7), [(256, 180)], 1.04, "TopK, 70 % of the tokens at one stage, 4 % fewer multiply-adds"),
+        (ToMe(r=8), [(64, 56), (56, 48), (48, 40)], 1.0, "ToMe, from 64 to 40 tokens in 3 stages, as many multiply-adds"),
+        (Identity(), [], 1.0, "unreduced, as many multiply-adds"),
+    ],
+)
+def test_titles_say_what_was_counted(reducer: Any, counts: list[tuple[int, int]], fewer: float, words: str) -> None:
+    none = np.zeros(0, dtype=int)
+    stages = [StageGroups(3, none, none, none < 0, k, n - k) for n, k in counts]
+    assert show.in_words(reducer, stages, fewer).startswith(words)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((224, 336), (16, 24)), ((518, 518), (37, 37)), ((250, 199), (7, 5))])

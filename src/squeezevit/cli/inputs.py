@@ -284,11 +284,11 @@ def photographs(paths: list[Path]) -> list[Path]:
     return found
 
 
-def make_folder(out: Path) -> None:
+def make_folder(out: Path, option: str = "--out") -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made ({error.strerror}); choose a folder of your own") from error
+        raise ConfigError(f"{option} {out} cannot be made ({error.strerror}); choose a folder of your own") from error
 
 
 def counted(transform: Callable[[Any], Any], most: int, report: screen.Report) -> Callable[[Any], Any]:
