@@ -1,6 +1,7 @@
 """The commands of `squeezevit`, and `main`, which runs one and explains what went wrong."""
 
 import os
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,7 +17,6 @@ from squeezevit.cli.predict import embed, predict
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make vision transformers cheaper by pruning tokens and squeezing them into the ones that stay (TPS, CVPR 2023), "
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(argv: list[str] | None) -> int:
     try:
-        return typer.main.get_command(app)(args=argv, standalone_mode=False) or 0
+        return typer.main.get_command(app)(args=argv, prog_name="squeezevit", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -46,17 +46,38 @@ def _run(argv: list[str] | None) -> int:
 
 
 @app.callback(invoke_without_command=True)
-def top(context: typer.Context, imports: options.Imports = None, version: options.Version = False) -> None:
+def top(
+    context: typer.Context,
+    imports: options.Imports = None,
+    version: options.Version = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose ask for opposite things; give one of them")
+    screen.loudness(quiet, verbose)
     if version:
-        from squeezevit import __version__
-
-        screen.say(f"squeezevit {__version__}")
+        screen.say("\n".join(_versions()))
         raise typer.Exit
     for module in imports or ():
         inputs.import_methods(module)
     if context.invoked_subcommand is None:
         context.get_help()
         raise typer.Exit(2)
+
+
+def _versions() -> list[str]:
+    """SqueezeViT's own version first, then Python's, torch's and those of the libraries whose models are supported."""
+    from importlib.metadata import version
+
+    from squeezevit import __version__
+    from squeezevit.core.supported import listing
+
+    lines = [f"squeezevit {__version__}", f"python {platform.python_version()}", f"torch {version('torch')}"]
+    for family in listing():
+        installed, range_ = family.installed, f"tested: {family.since} to below {family.before}"
+        lines.append(f"{family.library} {installed or 'is not installed'}{'' if family.tested else f' ({range_})'}")
+    return lines
 
 
 @app.command(cls=options.Command)

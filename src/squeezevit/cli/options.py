@@ -265,4 +265,8 @@ Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import a module that registers methods of your own; may be repeated."),
 ]
-Version = Annotated[bool, typer.Option("--version", help="Print the version and exit.")]
+Version = Annotated[
+    bool, typer.Option("--version", help="Print the version, and those of torch and of the libraries with models, and exit.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Neither notes nor progress: results and errors alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also what the library logs of its work.")]

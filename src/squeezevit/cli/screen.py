@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 MOST_LINES = 14  # of a message: one screen of 80 x 24
+LIBRARY = logging.getLogger("squeezevit")
 EVERY = 20.0  # seconds between lines of progress where no terminal is there to redraw
 # a file has no width to squeeze tables into; brackets and colons mean themselves
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
@@ -66,16 +67,22 @@ def note(text: str) -> None:
 
 
 def error(text: str) -> None:
+    """Why the command ended, whatever was asked of `loudness`."""
+    errors.quiet = False
     errors.print(Text.assemble(("error: ", "bold red"), one_screen(text)))
 
 
 def trace_of(exception: BaseException) -> None:
     """The traceback, for those who asked for it."""
+    errors.quiet = False
     errors.print(clean("".join(traceback.format_exception(exception))), soft_wrap=True)
 
 
 class _Notes(logging.Handler):
-    """What the library logs, as notes."""
+    """What is logged, as notes: warnings, and below them what the library says of itself."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.name.partition(".")[0] == LIBRARY.name
 
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
@@ -83,11 +90,14 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def opened() -> Iterator[None]:
-    """Meanwhile logs and warnings are notes, and a character that the terminal lacks is written by its number."""
+    """Meanwhile logs and warnings are notes, and a character that the terminal lacks is written by its number.
+
+    What `loudness` sets holds until then.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    handler, root = _Notes(logging.WARNING), logging.getLogger()
+    handler, root, level = _Notes(), logging.getLogger(), LIBRARY.level
     root.addHandler(handler)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: note(str(message))
@@ -95,6 +105,15 @@ def opened() -> Iterator[None]:
             yield
         finally:
             root.removeHandler(handler)
+            LIBRARY.setLevel(level)
+            errors.quiet = False
+
+
+def loudness(quiet: bool, verbose: bool) -> None:
+    """How much is said besides results and errors. quiet: neither notes nor progress; verbose: also what the library logs."""
+    errors.quiet = quiet
+    if verbose:
+        LIBRARY.setLevel(logging.INFO)
 
 
 def table(
