@@ -209,7 +209,9 @@ def test_verbose_says_what_the_library_logs(monkeypatch, capsys):
     def works(*_):
         logging.getLogger("squeezevit.budget").info("rounds differ")
         logging.getLogger("squeezevit.budget").debug("details")
-        logging.getLogger("urllib3").info("connection")
+        chatty = logging.getLogger("somebody.chatty")
+        chatty.setLevel(logging.INFO)
+        chatty.info("connection")
         raise ConfigError("enough")
 
     monkeypatch.setattr(demo, "run_demo", works)
@@ -687,6 +689,10 @@ def test_the_table_of_the_demo(capsys):
     said = capsys.readouterr().out
     for row in [results["dense"], *results["rows"]]:
         assert row["label"] in said and f"{100 * row['accuracy']:.1f} ± " in said and f"{row['macs'] / 1e9:.2f}" in said
+    assert said.index("accuracy %") < said.index("feature cosine")
+    screen.print_demo({**results, "settings": {**results["settings"], "quick": True}})
+    said = capsys.readouterr().out
+    assert said.index("feature cosine") < said.index("accuracy %") and "too coarse to rank methods by" in " ".join(said.split())
 
 
 def test_a_long_training_from_nothing_is_meant_or_refused(photos, monkeypatch, capsys):

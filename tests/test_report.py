@@ -34,7 +34,7 @@ from squeezevit.report import (  # noqa: E402
     write_report,
 )
 from squeezevit.report.charts import accuracy_chart, cosine_chart, speed_chart  # noqa: E402
-from squeezevit.report.findings import findings, ties  # noqa: E402
+from squeezevit.report.findings import few_left, findings, headline, ties  # noqa: E402
 from squeezevit.report.html import picture_uri  # noqa: E402
 from squeezevit.report.overlay import (  # noqa: E402
     columns_for,
@@ -441,6 +441,92 @@ def test_findings_follow_the_numbers(results: dict[str, Any]) -> None:
     assert said["At 50 % of the MACs"][0].startswith("Highest accuracy: TopK")
     assert said["At 50 % of the MACs"][1].startswith("Above the dense model: TopK.")
     assert said["Over all budgets"][1].startswith("No method is behind random pruning")
+
+
+@pytest.fixture
+def with_preset(results: dict[str, Any]) -> dict[str, Any]:
+    """The same run, of the preset, too."""
+    preset = row("training-free", 0.5, 0.851, label="training-free", cosine=0.991, tokens=[144, 118, 77, 49, 32], speedup=1.84)
+    results["rows"].insert(0, preset)
+    return results
+
+
+def test_the_first_sentence_says_what_the_run_says(with_preset: dict[str, Any]) -> None:
+    preset = with_preset["rows"][0]
+    assert headline(with_preset) == "training-free: half the work, the same accuracy (+0.1 ± 1.0 points), 1.8 times as fast."
+    preset.update(paired_difference=-0.034, macs_share=0.35, speedup=0.87)
+    assert headline(with_preset) == "training-free: 35 % of the work, 3.4 ± 1.0 points of accuracy lost, 0.9 times as fast."
+    preset.update(paired_difference=0.021, speedup=None)
+    assert headline(with_preset) == "training-free: 35 % of the work, 2.1 ± 1.0 points of accuracy gained."
+    del with_preset["rows"][0]
+    assert headline(with_preset).startswith("eTPS: half the work, 5.0 ± 1.0 points of accuracy lost")
+
+
+@pytest.mark.parametrize("why", ["quick", "error"])
+def test_where_accuracy_is_coarse_fidelity_comes_first_and_nothing_is_ranked_by_accuracy(
+    why: str, with_preset: dict[str, Any], tmp_path: Any
+) -> None:
+    with_preset["settings"].update(quick=why == "quick", n_test=120)
+    with_preset["dense"]["accuracy_se"] = 0.04
+    for other in with_preset["rows"]:
+        if other["method"] == "random":  # by luck
+            other.update(accuracy=0.99, paired_difference=0.14, cosine=0.5)
+    assert headline(with_preset) == (
+        "training-free: half the work, features at a cosine of 0.991 to the unreduced model's, 1.8 times as fast. 120 photographs "
+        "tell accuracies to ± 4.0 points only, too coarse to rank methods by."
+    )
+    sentences = " ".join(sentence for _, part in findings(with_preset) for sentence in part)
+    assert "ccuracy" not in sentences and "Random at 0 of 3" in sentences and "mean cosine 0.991" in sentences
+    page, source = render(with_preset, tmp_path)
+    head = next(cells for cells in page.cells if cells[0] == "Method")
+    assert head.index("Cosine to dense") < head.index("Accuracy, %")
+    assert "<strong>0.991 ± 0.002</strong>" in source.replace("\N{NO-BREAK SPACE}", " ") and "<strong>99.0" not in source
+    assert source.index('id="fidelity-title"') < source.index('id="accuracy-title"')
+
+
+def test_the_page_begins_with_the_sentence_and_says_what_the_preset_is(with_preset: dict[str, Any], tmp_path: Any) -> None:
+    page, _ = render(with_preset, tmp_path)
+    words = page.words.replace("\N{NO-BREAK SPACE}", " ")
+    assert words.index(headline(with_preset)) < words.index("The vision transformer vit_test")
+    assert "training-free is this library's preset" in words and "in 4 stages" in words
+    del with_preset["rows"][0]
+    assert "preset" not in render(with_preset, tmp_path)[0].words
+
+
+def test_why_some_end_with_few_tokens_follows_from_their_stages(results: dict[str, Any], tmp_path: Any) -> None:
+    assert few_left(results) == ""  # results that do not tell the blocks
+    stages = {"tome": list(range(12)), "etps": [0, 3, 6, 9]}
+    for other in results["rows"]:
+        at = stages.get(other["method"], [3, 6, 9])
+        other.update(stages=at, depth=12, tokens=[*range(144, 144 - len(at), -1), 9])
+    said = few_left(results)
+    assert "at 35 % of the work" in said
+    assert "From block 3 on: eTPS+mass, EViT, TopK and Random. The 3 blocks before it, 25 % of all, run on all 144 patch" in said
+    assert "In 4 stages from the first block on: eTPS, with 9 tokens at the end." in said
+    assert "In every block: ToMe, with 138 tokens left halfway and 9 tokens at the end." in said
+    assert said in render(results, tmp_path)[0].words.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_the_demo_draws_the_preset_plain_pruning_and_tome_side_by_side() -> None:
+    def points(*names: str) -> list[demo.Point]:
+        return [demo.Point(catalog.method(n), t, catalog.method(n).template()) for t in (0.65, 0.45, 0.35) for n in names]
+
+    shown = demo._shown(points("etps", "tome", "random", "topk", "training-free"))
+    assert [(point.method.name, point.target) for point in shown] == [("training-free", 0.45), ("topk", 0.45), ("tome", 0.45)]
+    assert [point.method.name for point in demo._shown(points("etps", "dtps", "evit", "random"))] == ["etps", "dtps", "evit"]
+
+
+def test_side_by_side_panels_tell_tokens_and_fidelity() -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_vit", img_size=64, num_classes=0).eval()
+    chosen = [
+        demo.Point(catalog.method("topk"), 0.5, TopK(keep=0.5, at=(1, 3))),
+        demo.Point(catalog.method("tome"), 0.5, ToMe(r=0)),
+    ]
+    first, pruned, untouched = demo._side_by_side(net, Image.fromarray(photo()), chosen, demo.Settings(image_size=64))
+    assert first.caption == "photograph"
+    assert re.fullmatch(r"TopK: 4 tokens left, cosine -?0\.\d{3}", pruned.caption)
+    assert untouched.caption == "ToMe: all tokens left, cosine 1.000"
 
 
 def test_a_missed_budget_is_marked(results: dict[str, Any], tmp_path: Any) -> None:

@@ -187,7 +187,10 @@ def _bar() -> Progress:
 
 
 def print_demo(results: dict[str, Any]) -> None:
+    from squeezevit.report.findings import coarse, headline
+
     s, dense = results["settings"], results["dense"]
+    rough = coarse(results)
     rows: list[Sequence[str] | None] = []
     target = 1.0
     for row in [dense, *results["rows"]]:
@@ -195,19 +198,19 @@ def print_demo(results: dict[str, Any]) -> None:
             rows.append(None)
             target = row["target"]
         against = "" if row is dense else f"{100 * row['paired_difference']:+.1f} ± {100 * row['paired_difference_se']:.1f}"
-        rows.append(
-            (
-                row["label"], row["reducer"], *_cost(row), f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}x",
-                f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}", against, f"{row['cosine']:.3f}",
-            )
-        )  # fmt: skip
+        accuracy = (f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}", against)
+        judged = (f"{row['cosine']:.3f}", *accuracy) if rough else (*accuracy, f"{row['cosine']:.3f}")
+        speed = (f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}x")
+        rows.append((row["label"], row["reducer"], *_cost(row), *speed, *judged))
+    headings = ("accuracy %", "vs dense, points")
     table(
         rows,
         ("method", "setting"),
-        ("GMACs", "% dense", "images/s", "speed-up", "accuracy %", "vs dense, points", "feature cosine"),
+        ("GMACs", "% dense", "images/s", "speed-up", *(("feature cosine", *headings) if rough else (*headings, "feature cosine"))),
         f"DINOv2 ViT-S/14, {s['image_size']} px, solar cells: {s['n_train']} to fit the probe, {s['n_test']} to test",
         f"no training after the reduction; ± one standard error; batch {s['batch_size']}, median of {s['rounds']} rounds",
     )
+    say(headline(results))
 
 
 def print_eval(rows: Sequence[dict[str, Any]], reducer: str) -> None:
