@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -392,6 +394,28 @@ def test_report_escapes_what_it_is_given(results: dict[str, Any], tmp_path: Any)
     for text in ("<script>alert(1)</script>", 'X(a="<&>")', "a <b> & c", "a <processor>", "<u>figure</u>"):
         assert text in page.words
     assert "<i>" not in source
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser")
+def test_report_fits_a_phone(with_preset: dict[str, Any], tmp_path: Any) -> None:
+    """Nothing but what scrolls by itself, as the table, is wider than 390 pixels; windows have at least 500, hence a frame."""
+    picture = Image.fromarray(photo())
+    sides = [Panel(picture, f"{name}: 32 tokens left, cosine 0.991") for name in ("photograph", "training-free", "TopK", "ToMe")]
+    render(with_preset, tmp_path, {"a cell (cells/images/cell0001.png), 50 % of the MACs": sides, "a sheet": picture})
+    (tmp_path / "frame.html").write_text(
+        '<iframe id=f src="report.html" style="width:390px;height:3000px;border:0"></iframe><script>f.onload = () => {'
+        "const d = f.contentDocument; const wide = [...d.querySelectorAll('main *')].filter(e => !e.closest('.scroll, svg') && "
+        "e.getBoundingClientRect().right > 391).map(e => e.tagName); "
+        "document.title = `${f.contentWindow.innerWidth} ${d.documentElement.scrollWidth} wide:${wide}`; }</script>"
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-web-security", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--allow-file-access-from-files", "--virtual-time-budget=3000", "--hide-scrollbars", "--dump-dom"]
+    command = [str(BROWSER), *flags, (tmp_path / "frame.html").as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>390 390 wide:</title>" in seen
 
 
 def test_report_without_timings(results: dict[str, Any], tmp_path: Any) -> None:
