@@ -5,20 +5,25 @@ import json
 import logging
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import squeezevit as sv
 from squeezevit.checkpoint import save_checkpoint
-from squeezevit.cli import main, options, screen
+from squeezevit.cli import app, main, options, screen
+from squeezevit.core import supported
 from squeezevit.data.models import create_model, near_names, to_device
 from squeezevit.errors import ConfigError, TrainingError
 from squeezevit.reducers import catalog
@@ -115,15 +120,129 @@ def test_show_draws_a_png_in_the_photographs_proportions(photos, tmp_path):
             assert drawing.width > 400
 
 
-def test_version_and_help(capsys):
+@pytest.mark.parametrize("ending", [".gif", ".WEBP"])
+def test_show_animates_the_stages(ending, photos, tmp_path, capsys):
+    one, several = tmp_path / "new" / f"one{ending}", tmp_path / f"all{ending}"
+    options = ["--model", "test_vit", "--image-size", 64, "--at", "1,3", "--out", tmp_path, "--json", tmp_path / "show.json"]
+    photo = photos / "val" / "bee" / "0.png"
+    assert run("show", photo, *options, "--animate", one) == 0
+    with Image.open(one) as moving:
+        assert moving.n_frames == 3 and moving.info["loop"] == 0  # the photograph and two stages
+        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(moving)]
+        assert all(np.abs(a - b).mean() > 1 for a, b in pairwise(frames))
+    assert run("show", photos / "val" / "bee", *options, "--animate", several) == 0
+    assert sorted(file.name for file in tmp_path.glob("all*")) == [f"all-{i}{ending}" for i in range(3)]
+    assert {row["animation"] for row in json.loads((tmp_path / "show.json").read_text())["rows"]} == {
+        str(tmp_path / f"all-{i}{ending}") for i in range(3)
+    }
+
+
+def test_what_show_cannot_write_is_refused_before_a_model_is_built(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("a model was built"))
+    (tmp_path / "file").write_text("")
+    assert "--animate x.mp4 ends in neither of .gif, .webp" in fails(capsys, "show", photos, "--animate", "x.mp4")
+    assert "cannot be made" in fails(capsys, "show", photos, "--animate", tmp_path / "file" / "x.gif")
+    assert "style 'cubist' is not known; choose from mean, outlines" in fails(capsys, "show", photos, "--style", "cubist")
+
+
+def test_show_says_in_words_what_was_counted(photos, tmp_path, capsys):
+    options = ["--model", "test_vit", "--image-size", 64, "--at", "0,2", "--keep", "0.5", "--out", tmp_path]
+    assert run("show", photos / "val" / "bee" / "0.png", *options) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    model = timm.create_model("test_vit", img_size=(64, 80))
+    fewer = sv.macs(model) / sv.macs(sv.reduce_(model, sv.ETPS(keep=0.5, at=(0, 2))))
+    assert fewer > 1.5 and f"eTPS, half of the tokens at each of 2 stages, {fewer:.1f} x fewer multiply-adds" in said
+
+
+def test_show_draws_over_no_photograph(photos, tmp_path):
+    photo = (photos / "val" / "bee" / "0.png").read_bytes()
+    for name in ("a.png", "a-etps.png"):
+        (tmp_path / name).write_bytes(photo)
+    assert run("show", tmp_path, "--model", "test_vit", "--image-size", 64, "--out", tmp_path) == 0
+    assert (tmp_path / "a-etps.png").read_bytes() == photo
+    assert (tmp_path / "a-etps-2.png").is_file() and (tmp_path / "a-etps-etps.png").is_file()
+
+
+def test_version_tells_what_a_fault_report_needs(monkeypatch, capsys):
     assert run("--version") == 0
-    assert sv.__version__ in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"squeezevit {sv.__version__}" and f"torch {metadata.version('torch')}" in said
+    assert f"timm {timm.__version__}" in said
+    real = metadata.version
+
+    def version(name):
+        if name == "timm":
+            raise metadata.PackageNotFoundError
+        return "9.0" if name == "transformers" else real(name)
+
+    monkeypatch.setattr(supported, "version", version)
+    assert run("--version") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("timm is not installed (tested: ") for line in said)
+    assert any(line.startswith("transformers 9.0 (tested: ") for line in said)
+
+
+def test_quiet_leaves_results_and_errors(photos, tmp_path, capsys):
+    argv = ["show", photos / "val" / "ant", *TINY, "--out", tmp_path]
+    assert run(*argv) == 0
+    loud = capsys.readouterr()
+    assert "drawing: done" in loud.err and "note: " in loud.err and "broken.png" in loud.err
+    assert run("--quiet", *argv) == 0
+    assert capsys.readouterr() == (loud.out, "")
+    assert "'cubist'" in fails(capsys, "-q", *argv, "--style", "cubist")
+    assert run(*argv) == 0
+    assert capsys.readouterr() == loud  # it was for one command line
+
+
+def test_quiet_holds_in_threads_and_on_terminals(monkeypatch):
+    terminal = screen.Console(file=io.StringIO(), force_terminal=True, width=100, **screen._PLAIN)
+    monkeypatch.setattr(screen, "errors", terminal)
+    with screen.opened():
+        screen.loudness(quiet=True, verbose=False)
+        with screen.steps() as report, ThreadPoolExecutor(1) as pool:
+            report("reading", 1, 4)
+            pool.submit(screen.note, "unreadable").result()
+    assert not terminal.file.getvalue().strip()
+
+
+def test_verbose_says_what_the_library_logs(monkeypatch, capsys):
+    def works(*_):
+        logging.getLogger("squeezevit.budget").info("rounds differ")
+        logging.getLogger("squeezevit.budget").debug("details")
+        chatty = logging.getLogger("somebody.chatty")
+        chatty.setLevel(logging.INFO)
+        chatty.info("connection")
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(demo, "run_demo", works)
+    for option, told in (("-v", True), ("--verbose", True), (None, False)):
+        assert run(*filter(None, [option]), "demo") == 2
+        err = capsys.readouterr().err
+        assert ("note: rounds differ" in err) is told and "connection" not in err and "details" not in err
+    assert "opposite things; give one" in fails(capsys, "-q", "-v", "families")
+
+
+@pytest.mark.parametrize(("words", "expected"), [("squeezevit sh", "show"), ("squeezevit show --anim", "--animate")])
+def test_a_shell_can_complete(words, expected, monkeypatch, capsys):
+    for name, value in {"_SQUEEZEVIT_COMPLETE": "complete_bash", "COMP_WORDS": words}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert run() == 0
+    assert capsys.readouterr().out.split() == [expected]
+
+
+def test_a_budget_tells_how_far_it_is(photos, tmp_path, capsys):
+    assert run("show", photos / "val" / "bee" / "0.png", *TINY, "--macs", "0.6", "--out", tmp_path) == 0
+    assert "counting multiply-adds: done" in capsys.readouterr().err
+
+
+def test_help_of_commands_names_the_file_for_numbers(capsys):
     for command in ("demo", "eval", "bench", "show"):
         assert run(command, "--help") == 0
         assert "--json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["", "demo", "eval", "bench", "train", "show", "plan", "families"])
+@pytest.mark.parametrize("command", ["", *typer.main.get_command(app.app).commands])
 def test_help_is_short_of_a_letter_everywhere_and_says_what_it_means(command, capsys):
     assert run(*command.split(), "-h") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -570,6 +689,10 @@ def test_the_table_of_the_demo(capsys):
     said = capsys.readouterr().out
     for row in [results["dense"], *results["rows"]]:
         assert row["label"] in said and f"{100 * row['accuracy']:.1f} ± " in said and f"{row['macs'] / 1e9:.2f}" in said
+    assert said.index("accuracy %") < said.index("feature cosine")
+    screen.print_demo({**results, "settings": {**results["settings"], "quick": True}})
+    said = capsys.readouterr().out
+    assert said.index("feature cosine") < said.index("accuracy %") and "too coarse to rank methods by" in " ".join(said.split())
 
 
 def test_a_long_training_from_nothing_is_meant_or_refused(photos, monkeypatch, capsys):

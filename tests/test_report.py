@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image  # noqa: E402
 
 from squeezevit.errors import ConfigError, DataError  # noqa: E402
-from squeezevit.reducers import TopK, catalog  # noqa: E402
+from squeezevit.reducers import ETPS, Identity, ToMe, TopK, catalog  # noqa: E402
 from squeezevit.report import (  # noqa: E402
     Panel,
     StageGroups,
@@ -29,13 +31,21 @@ from squeezevit.report import (  # noqa: E402
     draw_stage,
     figure,
     panels,
+    show,
     stages_from_trace,
     write_report,
 )
 from squeezevit.report.charts import accuracy_chart, cosine_chart, speed_chart  # noqa: E402
-from squeezevit.report.findings import findings, ties  # noqa: E402
+from squeezevit.report.findings import few_left, findings, headline, ties  # noqa: E402
 from squeezevit.report.html import picture_uri  # noqa: E402
-from squeezevit.report.overlay import group_colours, outline_mask, palette, patch_of_pixel  # noqa: E402
+from squeezevit.report.overlay import (  # noqa: E402
+    columns_for,
+    fill_stage,
+    group_colours,
+    outline_mask,
+    palette,
+    patch_of_pixel,
+)
 from squeezevit.report.rows import current, method_name  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -265,6 +275,58 @@ def test_what_joined_now_is_washed_more_strongly() -> None:
     assert late > 1.2 * early
 
 
+def test_a_group_is_filled_with_the_mean_colour_of_its_patches() -> None:
+    grid, after = (8, 8), np.arange(64) // 3  # groups that go over the ends of rows
+    drawn = np.asarray(fill_stage(picture := photo(448, 448), after, grid))
+    group = after[patch_of_pixel(grid, drawn.shape[:2])]
+    inside = ~outline_mask(group, 1)
+    for number in (0, 7, 21):
+        mean = picture[group == number].mean(axis=0)
+        assert np.abs(drawn[inside & (group == number)] - mean).max() <= 0.5
+    line = np.abs(drawn[~inside].astype(int) - np.stack([picture[group == g].mean(axis=0) for g in group[~inside]]))
+    assert line.sum(axis=-1).min() > 30
+    assert (~inside).mean() < 0.1  # thin
+
+
+def test_dropped_patches_are_hatched_and_dark_among_mean_colours() -> None:
+    after = np.where(np.arange(64) < 32, -1, np.arange(64) - 32)
+    drawn = np.asarray(fill_stage(GREY, after, (8, 8)))
+    dropped, kept = drawn[20:200], drawn[250:430]
+    assert dropped.mean() < 0.6 * kept.mean()
+    assert len(np.unique(dropped[5:25, 5:25])) > 1 and (kept == 150).mean() > 0.8
+
+
+def test_styles_are_two() -> None:
+    stages = stages_from_trace(trace([(list(range(8)), list(range(8)))], patches=16))
+    mean, outlines = (np.asarray(panels(photo(), stages, style=style)[1].image) for style in ("mean", "outlines"))
+    assert np.array_equal(mean, np.asarray(panels(photo(), stages)[1].image))
+    assert not np.array_equal(mean, outlines)
+    with pytest.raises(ConfigError, match="style 'cubist' is not known; choose from mean, outlines"):
+        show.check_style("cubist")
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (4, 1), (5, 1), (6, 2), (7, 2), (9, 3), (13, 3), (25, 5)])
+def test_no_row_of_a_figure_is_nearly_empty(count: int, rows: int) -> None:
+    columns = columns_for(count)
+    assert -(-count // columns) == rows
+    assert count - (rows - 1) * columns >= 0.6 * columns
+
+
+@pytest.mark.parametrize(
+    ("reducer", "counts", "fewer", "words"),
+    [
+        (ETPS(keep=0.5), [(257, 129), (129, 65), (65, 33)], 2.13, "eTPS, half of the tokens at each of 3 stages, 2.1 x fewer"),
+        (TopK(keep=0.7), [(256, 180)], 1.04, "TopK, 70 % of the tokens at one stage, 4 % fewer multiply-adds"),
+        (ToMe(r=8), [(64, 56), (56, 48), (48, 40)], 1.0, "ToMe, from 64 to 40 tokens in 3 stages, as many multiply-adds"),
+        (Identity(), [], 1.0, "unreduced, as many multiply-adds"),
+    ],
+)
+def test_titles_say_what_was_counted(reducer: Any, counts: list[tuple[int, int]], fewer: float, words: str) -> None:
+    none = np.zeros(0, dtype=int)
+    stages = [StageGroups(3, none, none, none < 0, k, n - k) for n, k in counts]
+    assert show.in_words(reducer, stages, fewer).startswith(words)
+
+
 @pytest.mark.parametrize(("size", "grid"), [((224, 336), (16, 24)), ((518, 518), (37, 37)), ((250, 199), (7, 5))])
 def test_any_size_and_grid(size: tuple[int, int], grid: tuple[int, int]) -> None:
     count = grid[0] * grid[1]
@@ -334,6 +396,28 @@ def test_report_escapes_what_it_is_given(results: dict[str, Any], tmp_path: Any)
     assert "<i>" not in source
 
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser")
+def test_report_fits_a_phone(with_preset: dict[str, Any], tmp_path: Any) -> None:
+    """Nothing but what scrolls by itself, as the table, is wider than 390 pixels; windows have at least 500, hence a frame."""
+    picture = Image.fromarray(photo())
+    sides = [Panel(picture, f"{name}: 32 tokens left, cosine 0.991") for name in ("photograph", "training-free", "TopK", "ToMe")]
+    render(with_preset, tmp_path, {"a cell (cells/images/cell0001.png), 50 % of the MACs": sides, "a sheet": picture})
+    (tmp_path / "frame.html").write_text(
+        '<iframe id=f src="report.html" style="width:390px;height:3000px;border:0"></iframe><script>f.onload = () => {'
+        "const d = f.contentDocument; const wide = [...d.querySelectorAll('main *')].filter(e => !e.closest('.scroll, svg') && "
+        "e.getBoundingClientRect().right > 391).map(e => e.tagName); "
+        "document.title = `${f.contentWindow.innerWidth} ${d.documentElement.scrollWidth} wide:${wide}`; }</script>"
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-web-security", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--allow-file-access-from-files", "--virtual-time-budget=3000", "--hide-scrollbars", "--dump-dom"]
+    command = [str(BROWSER), *flags, (tmp_path / "frame.html").as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>390 390 wide:</title>" in seen
+
+
 def test_report_without_timings(results: dict[str, Any], tmp_path: Any) -> None:
     timings = dict.fromkeys(("images_per_second", "speedup", "speedup_best"))
     results["rows"][0].update(timings)
@@ -381,6 +465,92 @@ def test_findings_follow_the_numbers(results: dict[str, Any]) -> None:
     assert said["At 50 % of the MACs"][0].startswith("Highest accuracy: TopK")
     assert said["At 50 % of the MACs"][1].startswith("Above the dense model: TopK.")
     assert said["Over all budgets"][1].startswith("No method is behind random pruning")
+
+
+@pytest.fixture
+def with_preset(results: dict[str, Any]) -> dict[str, Any]:
+    """The same run, of the preset, too."""
+    preset = row("training-free", 0.5, 0.851, label="training-free", cosine=0.991, tokens=[144, 118, 77, 49, 32], speedup=1.84)
+    results["rows"].insert(0, preset)
+    return results
+
+
+def test_the_first_sentence_says_what_the_run_says(with_preset: dict[str, Any]) -> None:
+    preset = with_preset["rows"][0]
+    assert headline(with_preset) == "training-free: half the work, the same accuracy (+0.1 ± 1.0 points), 1.8 times as fast."
+    preset.update(paired_difference=-0.034, macs_share=0.35, speedup=0.87)
+    assert headline(with_preset) == "training-free: 35 % of the work, 3.4 ± 1.0 points of accuracy lost, 0.9 times as fast."
+    preset.update(paired_difference=0.021, speedup=None)
+    assert headline(with_preset) == "training-free: 35 % of the work, 2.1 ± 1.0 points of accuracy gained."
+    del with_preset["rows"][0]
+    assert headline(with_preset).startswith("eTPS: half the work, 5.0 ± 1.0 points of accuracy lost")
+
+
+@pytest.mark.parametrize("why", ["quick", "error"])
+def test_where_accuracy_is_coarse_fidelity_comes_first_and_nothing_is_ranked_by_accuracy(
+    why: str, with_preset: dict[str, Any], tmp_path: Any
+) -> None:
+    with_preset["settings"].update(quick=why == "quick", n_test=120)
+    with_preset["dense"]["accuracy_se"] = 0.04
+    for other in with_preset["rows"]:
+        if other["method"] == "random":  # by luck
+            other.update(accuracy=0.99, paired_difference=0.14, cosine=0.5)
+    assert headline(with_preset) == (
+        "training-free: half the work, features at a cosine of 0.991 to the unreduced model's, 1.8 times as fast. 120 photographs "
+        "tell accuracies to ± 4.0 points only, too coarse to rank methods by."
+    )
+    sentences = " ".join(sentence for _, part in findings(with_preset) for sentence in part)
+    assert "ccuracy" not in sentences and "Random at 0 of 3" in sentences and "mean cosine 0.991" in sentences
+    page, source = render(with_preset, tmp_path)
+    head = next(cells for cells in page.cells if cells[0] == "Method")
+    assert head.index("Cosine to dense") < head.index("Accuracy, %")
+    assert "<strong>0.991 ± 0.002</strong>" in source.replace("\N{NO-BREAK SPACE}", " ") and "<strong>99.0" not in source
+    assert source.index('id="fidelity-title"') < source.index('id="accuracy-title"')
+
+
+def test_the_page_begins_with_the_sentence_and_says_what_the_preset_is(with_preset: dict[str, Any], tmp_path: Any) -> None:
+    page, _ = render(with_preset, tmp_path)
+    words = page.words.replace("\N{NO-BREAK SPACE}", " ")
+    assert words.index(headline(with_preset)) < words.index("The vision transformer vit_test")
+    assert "training-free is this library's preset" in words and "in 4 stages" in words
+    del with_preset["rows"][0]
+    assert "preset" not in render(with_preset, tmp_path)[0].words
+
+
+def test_why_some_end_with_few_tokens_follows_from_their_stages(results: dict[str, Any], tmp_path: Any) -> None:
+    assert few_left(results) == ""  # results that do not tell the blocks
+    stages = {"tome": list(range(12)), "etps": [0, 3, 6, 9]}
+    for other in results["rows"]:
+        at = stages.get(other["method"], [3, 6, 9])
+        other.update(stages=at, depth=12, tokens=[*range(144, 144 - len(at), -1), 9])
+    said = few_left(results)
+    assert "at 35 % of the work" in said
+    assert "From block 3 on: eTPS+mass, EViT, TopK and Random. The 3 blocks before it, 25 % of all, run on all 144 patch" in said
+    assert "In 4 stages from the first block on: eTPS, with 9 tokens at the end." in said
+    assert "In every block: ToMe, with 138 tokens left halfway and 9 tokens at the end." in said
+    assert said in render(results, tmp_path)[0].words.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_the_demo_draws_the_preset_plain_pruning_and_tome_side_by_side() -> None:
+    def points(*names: str) -> list[demo.Point]:
+        return [demo.Point(catalog.method(n), t, catalog.method(n).template()) for t in (0.65, 0.45, 0.35) for n in names]
+
+    shown = demo._shown(points("etps", "tome", "random", "topk", "training-free"))
+    assert [(point.method.name, point.target) for point in shown] == [("training-free", 0.45), ("topk", 0.45), ("tome", 0.45)]
+    assert [point.method.name for point in demo._shown(points("etps", "dtps", "evit", "random"))] == ["etps", "dtps", "evit"]
+
+
+def test_side_by_side_panels_tell_tokens_and_fidelity() -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_vit", img_size=64, num_classes=0).eval()
+    chosen = [
+        demo.Point(catalog.method("topk"), 0.5, TopK(keep=0.5, at=(1, 3))),
+        demo.Point(catalog.method("tome"), 0.5, ToMe(r=0)),
+    ]
+    first, pruned, untouched = demo._side_by_side(net, Image.fromarray(photo()), chosen, demo.Settings(image_size=64))
+    assert first.caption == "photograph"
+    assert re.fullmatch(r"TopK: 4 tokens left, cosine -?0\.\d{3}", pruned.caption)
+    assert untouched.caption == "ToMe: all tokens left, cosine 1.000"
 
 
 def test_a_missed_budget_is_marked(results: dict[str, Any], tmp_path: Any) -> None:

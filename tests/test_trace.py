@@ -6,6 +6,7 @@ import torch
 import oracles
 import squeezevit as sv
 import zoo
+from squeezevit.core.macs import fake_trace
 from squeezevit.errors import ConfigError
 
 STAGED = [name for name, reducer in zoo.REDUCERS.items() if reducer.stages(zoo.DEPTH)]
@@ -94,6 +95,28 @@ def test_masses_are_the_sizes_of_the_groups(name, options):
     expected = oracles.forward(zoo.build("average-pool"), zoo.images(2), **options)
     sizes = torch.stack([g.bincount(minlength=tokens.shape[1]) for g in t.groups])
     assert torch.equal(expected.mass[:, 1:].long(), sizes)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_trace_prints_what_became_of_the_tokens(name):
+    t, _ = traced(name, zoo.images(2))
+    first, head, *rows = str(t).splitlines()
+    assert first == f"trace of {zoo.REDUCERS[name]}, 2 images" and head.split()[0] == "block"
+    assert len({len(line) for line in (head, *rows)}) == 1  # columns are aligned
+    for j, (s, row) in enumerate(zip(t.stages, rows, strict=True)):
+        images = t.groups_after(j).tolist()
+        largest = max(image.count(group) for image in images for group in image if group >= 0)
+        gone = sum(image.count(-1) for image in images) / sum(map(len, images))
+        assert row.split() == [str(s.block), str(s.n), str(s.n_out), str(largest), f"{100 * gone:.1f}", "%"]
+
+
+def test_a_trace_prints_before_anything_was_recorded():
+    model = sv.reduce_(zoo.build("plain"), sv.TopK(keep=0.5))
+    assert repr(sv.trace(model)) == (
+        f"trace of {sv.TopK(keep=0.5)}: nothing was recorded; run the model inside `with sv.trace(model) as t:`"
+    )
+    assert "it has no stages" in repr(sv.trace(sv.reduce_(zoo.build("plain"), sv.Identity())))
+    assert fake_trace(model).stages and repr(fake_trace(model)).splitlines()[-1].split()[-2:] == ["-", "-"]
 
 
 @pytest.mark.parametrize("name", STAGED)

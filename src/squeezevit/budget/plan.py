@@ -121,7 +121,14 @@ def make_plan(
         return _in_time(meter, tries, name, value, fresh, progress)
 
 
-def plan_macs(model: nn.Module, method: str, share: float, at: Sequence[int] | None = None, image_size: Size = None) -> Reducer:
+def plan_macs(
+    model: nn.Module,
+    method: str,
+    share: float,
+    at: Sequence[int] | None = None,
+    image_size: Size = None,
+    progress: Progress | None = None,
+) -> Reducer:
     """`plan` for a share of the multiply-adds, by a method's name; "identity" is itself. at: where a method has stages.
 
     One keep ratio for all stages (one r for ToMe, spread evenly; of the preset ratios along its curve) is found on the MACs
@@ -133,7 +140,7 @@ def plan_macs(model: nn.Module, method: str, share: float, at: Sequence[int] | N
     if isinstance(template, Identity):
         return template
     stages = at if isinstance(template, Staged) else None
-    return plan(model, method, macs=share, at=stages, image_size=image_size)
+    return plan(model, method, macs=share, at=stages, image_size=image_size, progress=progress)
 
 
 def like(

@@ -1,6 +1,7 @@
 """The commands of `squeezevit`, and `main`, which runs one and explains what went wrong."""
 
 import os
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,7 +17,6 @@ from squeezevit.cli.predict import embed, predict
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make vision transformers cheaper by pruning tokens and squeezing them into the ones that stay (TPS, CVPR 2023), "
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(argv: list[str] | None) -> int:
     try:
-        return typer.main.get_command(app)(args=argv, standalone_mode=False) or 0
+        return typer.main.get_command(app)(args=argv, prog_name="squeezevit", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -46,17 +46,38 @@ def _run(argv: list[str] | None) -> int:
 
 
 @app.callback(invoke_without_command=True)
-def top(context: typer.Context, imports: options.Imports = None, version: options.Version = False) -> None:
+def top(
+    context: typer.Context,
+    imports: options.Imports = None,
+    version: options.Version = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose ask for opposite things; give one of them")
+    screen.loudness(quiet, verbose)
     if version:
-        from squeezevit import __version__
-
-        screen.say(f"squeezevit {__version__}")
+        screen.say("\n".join(_versions()))
         raise typer.Exit
     for module in imports or ():
         inputs.import_methods(module)
     if context.invoked_subcommand is None:
         context.get_help()
         raise typer.Exit(2)
+
+
+def _versions() -> list[str]:
+    """SqueezeViT's own version first, then Python's, torch's and those of the libraries whose models are supported."""
+    from importlib.metadata import version
+
+    from squeezevit import __version__
+    from squeezevit.core.supported import listing
+
+    lines = [f"squeezevit {__version__}", f"python {platform.python_version()}", f"torch {version('torch')}"]
+    for family in listing():
+        installed, range_ = family.installed, f"tested: {family.since} to below {family.before}"
+        lines.append(f"{family.library} {installed or 'is not installed'}{'' if family.tested else f' ({range_})'}")
+    return lines
 
 
 @app.command(cls=options.Command)
@@ -256,30 +277,39 @@ def show(
     at: options.At = None,
     image_size: options.ShorterSide = 224,
     upright: options.Upright = True,
+    style: options.DrawingStyle = "mean",
+    animate: options.Animation = None,
     out: options.Drawings = Path(),
     json_file: options.Json = None,
 ) -> None:
-    """Draw what happens to the tokens: for each stage the reserved patches, the pruned ones, and the host each was squeezed into.
+    """Draw what happens to the tokens: for each stage the patches that have become one token.
 
-    One PNG a photograph, in its own proportions. Groups are coloured regions with their outlines; a dot marks the host.
+    One PNG a photograph, in its own proportions; folders are searched for photographs. A group has the mean colour of its
+    patches; --style outlines shows instead which patches are reserved, which are pruned, and the host each was squeezed into.
     A photograph that cannot be drawn is listed, and the next one is drawn.
     """
-    from squeezevit.report.show import draw
+    from squeezevit.report.show import check_animation, check_style, draw
 
     inputs.check_json(json_file)
+    check_style(style)
+    if animate is not None:
+        check_animation(animate)
+        inputs.make_folder(animate.parent, "--animate")
     photographs = inputs.photographs(images)
     wanted = inputs.Wanted(source, model, pretrained, checkpoint, method, keep, at, macs, latency, usual=("etps", "0.5"))
     ready = inputs.ready(wanted)
     reducer, suffix = ready.reducer, ready.method.replace("+", "-").lower()
     inputs.make_folder(out)
-    rows, failed = _drawn(partial(draw, ready.net, reducer, image_size=image_size), photographs, upright, out, suffix)
+    drawer = partial(draw, ready.net, reducer, image_size=image_size, style=cast(Any, style))
+    rows, failed = _drawn(drawer, photographs, upright, out, suffix, animate)
     if not rows:
         raise DataError(f"none of {len(photographs)} photographs could be drawn: {failed[0]}")
     screen.list_unreadable(failed)
     screen.table(
-        [(r["image"], "{} x {}".format(*r["grid"]), "\n".join(r["stages"]), r["file"]) for r in rows],
+        [(r["image"], "{} x {}".format(*r["grid"]), "\n".join(r["stages"]), "\n".join(_files(r))) for r in rows],
         ("photograph", "patches", "stages", "drawing"),
         title=str(reducer),
+        caption="\n".join(dict.fromkeys(r["title"] for r in rows)),
     )
     inputs.write_json(json_file, {"reducer": repr(reducer), "rows": rows, "unreadable": failed})
 
@@ -368,13 +398,15 @@ def _pasted(reducer: Any) -> str:
 
 
 def _drawn(
-    draw: Callable[[Any], Any], photographs: list[Path], upright: bool, out: Path, suffix: str
+    draw: Callable[[Any], Any], photographs: list[Path], upright: bool, out: Path, suffix: str, animation: Path | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each photograph that was drawn, and why the others were not."""
     from squeezevit.data.folder import read_image
+    from squeezevit.report.show import animate
 
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
+    taken = {path.absolute() for path in photographs}  # nothing is drawn over them
     with screen.steps() as report:
         for i, path in enumerate(photographs):
             try:
@@ -385,20 +417,33 @@ def _drawn(
                 reason = faults.explain(error)[0]
                 failed.append(reason if str(path) in reason else f"{path}: {reason}")
             else:
-                file = _free_name(out, path, suffix, {row["file"] for row in rows})
+                row = {"image": str(path), "grid": drawing.grid, "stages": drawing.captions, "title": drawing.title}
+                row["file"] = str(file := _free_name(out / f"{_stem(path)}-{suffix}.png", taken))
                 drawing.picture.save(file)
-                rows.append({"image": str(path), "file": str(file), "grid": drawing.grid, "stages": drawing.captions})
+                if animation is not None:
+                    named = animation if len(photographs) == 1 else animation.with_stem(f"{animation.stem}-{_stem(path)}")
+                    row["animation"] = str(moving := _free_name(named, taken))
+                    animate(drawing, moving)
+                rows.append(row)
             report("drawing", i + 1, len(photographs))
     return rows, failed
 
 
-def _free_name(folder: Path, photograph: Path, suffix: str, taken: set[str]) -> Path:
-    """A file name that none of this run's other drawings has."""
-    stem = f"{os.fsdecode(os.fsencode(photograph.stem)[:200])}-{suffix}"  # systems take 255 bytes
-    file, number = folder / f"{stem}.png", 2
-    while str(file) in taken:
-        file, number = folder / f"{stem}-{number}.png", number + 1
-    return file
+def _files(row: dict[str, Any]) -> list[str]:
+    return [row[kind] for kind in ("file", "animation") if kind in row]
+
+
+def _stem(photograph: Path) -> str:
+    return os.fsdecode(os.fsencode(photograph.stem)[:200])  # systems take 255 bytes
+
+
+def _free_name(file: Path, taken: set[Path]) -> Path:
+    """The file, or one numbered beside it, that is neither a photograph of this run nor another of its drawings."""
+    free, number = file, 2
+    while free.absolute() in taken:
+        free, number = file.with_stem(f"{file.stem}-{number}"), number + 1
+    taken.add(free.absolute())
+    return free
 
 
 def _calibrated(

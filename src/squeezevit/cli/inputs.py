@@ -255,10 +255,11 @@ def _reducer(net: Any, wanted: Wanted, image_size: Any) -> "Reducer":
     method, at = method_named(wanted.method or wanted.usual[0]).name, options.blocks(wanted.at)
     if wanted.macs is not None and wanted.latency is not None:
         raise ConfigError("--macs and --time are two budgets; give one of them")
-    if wanted.macs is not None:
-        return plan_macs(net, method, wanted.macs, at, image_size)
-    if wanted.latency is not None:
-        return plan(net, method, latency=wanted.latency, at=at, image_size=image_size)
+    with screen.steps() as report:
+        if wanted.macs is not None:
+            return plan_macs(net, method, wanted.macs, at, image_size, report)
+        if wanted.latency is not None:
+            return plan(net, method, latency=wanted.latency, at=at, image_size=image_size, progress=report)
     return like(net, method, options.one_or_each(wanted.keep or wanted.usual[1]), at, image_size)
 
 
@@ -284,11 +285,11 @@ def photographs(paths: list[Path]) -> list[Path]:
     return found
 
 
-def make_folder(out: Path) -> None:
+def make_folder(out: Path, option: str = "--out") -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made ({error.strerror}); choose a folder of your own") from error
+        raise ConfigError(f"{option} {out} cannot be made ({error.strerror}); choose a folder of your own") from error
 
 
 def counted(transform: Callable[[Any], Any], most: int, report: screen.Report) -> Callable[[Any], Any]:

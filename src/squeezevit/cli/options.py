@@ -207,6 +207,18 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 Images = Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", show_default=False)]
 Data = Annotated[Path, typer.Option(help="ImageFolder tree: FOLDER/val/<class>/*.jpg, or FOLDER/<class>/*.jpg.")]
 ShorterSide = Annotated[int, typer.Option(help="Pixels of the shorter side, rounded to whole patches.", min=1, max=2048)]
+DrawingStyle = Annotated[
+    str, typer.Option("--style", metavar="mean|outlines", help="Groups in their mean colours, or outlined with their hosts.")
+]
+Animation = Annotated[
+    Path | None,
+    typer.Option(
+        "--animate",
+        metavar="FILE",
+        help="Also an animation over the stages, FILE.gif or FILE.webp; of several photographs each has its name added.",
+        dir_okay=False,
+    ),
+]
 Drawings = Annotated[Path, typer.Option(help="Folder for the PNG files.", file_okay=False)]
 ReportFolder = Annotated[Path, typer.Option(help="Folder for report.html and results.json.", file_okay=False)]
 Quick = Annotated[bool, typer.Option("--quick", help="Smaller images and fewer of them: about a minute, for a first look.")]
@@ -253,4 +265,8 @@ Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import a module that registers methods of your own; may be repeated."),
 ]
-Version = Annotated[bool, typer.Option("--version", help="Print the version and exit.")]
+Version = Annotated[
+    bool, typer.Option("--version", help="Print the version, and those of torch and of the libraries with models, and exit.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Neither notes nor progress: results and errors alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also what the library logs of its work.")]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 MOST_LINES = 14  # of a message: one screen of 80 x 24
+LIBRARY = logging.getLogger("squeezevit")
 EVERY = 20.0  # seconds between lines of progress where no terminal is there to redraw
 # a file has no width to squeeze tables into; brackets and colons mean themselves
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
@@ -66,16 +67,22 @@ def note(text: str) -> None:
 
 
 def error(text: str) -> None:
+    """Why the command ended, whatever was asked of `loudness`."""
+    errors.quiet = False
     errors.print(Text.assemble(("error: ", "bold red"), one_screen(text)))
 
 
 def trace_of(exception: BaseException) -> None:
     """The traceback, for those who asked for it."""
+    errors.quiet = False
     errors.print(clean("".join(traceback.format_exception(exception))), soft_wrap=True)
 
 
 class _Notes(logging.Handler):
-    """What the library logs, as notes."""
+    """What is logged, as notes: warnings, and below them what the library says of itself."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.name.partition(".")[0] == LIBRARY.name
 
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
@@ -83,11 +90,14 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def opened() -> Iterator[None]:
-    """Meanwhile logs and warnings are notes, and a character that the terminal lacks is written by its number."""
+    """Meanwhile logs and warnings are notes, and a character that the terminal lacks is written by its number.
+
+    What `loudness` sets holds until then.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    handler, root = _Notes(logging.WARNING), logging.getLogger()
+    handler, root, level = _Notes(), logging.getLogger(), LIBRARY.level
     root.addHandler(handler)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: note(str(message))
@@ -95,6 +105,15 @@ def opened() -> Iterator[None]:
             yield
         finally:
             root.removeHandler(handler)
+            LIBRARY.setLevel(level)
+            errors.quiet = False
+
+
+def loudness(quiet: bool, verbose: bool) -> None:
+    """How much is said besides results and errors. quiet: neither notes nor progress; verbose: also what the library logs."""
+    errors.quiet = quiet
+    if verbose:
+        LIBRARY.setLevel(logging.INFO)
 
 
 def table(
@@ -168,7 +187,10 @@ def _bar() -> Progress:
 
 
 def print_demo(results: dict[str, Any]) -> None:
+    from squeezevit.report.findings import coarse, headline
+
     s, dense = results["settings"], results["dense"]
+    rough = coarse(results)
     rows: list[Sequence[str] | None] = []
     target = 1.0
     for row in [dense, *results["rows"]]:
@@ -176,19 +198,19 @@ def print_demo(results: dict[str, Any]) -> None:
             rows.append(None)
             target = row["target"]
         against = "" if row is dense else f"{100 * row['paired_difference']:+.1f} ± {100 * row['paired_difference_se']:.1f}"
-        rows.append(
-            (
-                row["label"], row["reducer"], *_cost(row), f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}x",
-                f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}", against, f"{row['cosine']:.3f}",
-            )
-        )  # fmt: skip
+        accuracy = (f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}", against)
+        judged = (f"{row['cosine']:.3f}", *accuracy) if rough else (*accuracy, f"{row['cosine']:.3f}")
+        speed = (f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}x")
+        rows.append((row["label"], row["reducer"], *_cost(row), *speed, *judged))
+    headings = ("accuracy %", "vs dense, points")
     table(
         rows,
         ("method", "setting"),
-        ("GMACs", "% dense", "images/s", "speed-up", "accuracy %", "vs dense, points", "feature cosine"),
+        ("GMACs", "% dense", "images/s", "speed-up", *(("feature cosine", *headings) if rough else (*headings, "feature cosine"))),
         f"DINOv2 ViT-S/14, {s['image_size']} px, solar cells: {s['n_train']} to fit the probe, {s['n_test']} to test",
         f"no training after the reduction; ± one standard error; batch {s['batch_size']}, median of {s['rounds']} rounds",
     )
+    say(headline(results))
 
 
 def print_eval(rows: Sequence[dict[str, Any]], reducer: str) -> None:

@@ -35,6 +35,8 @@ class StageTrace:
 class Trace:
     """Records the last forward of a reduced model while its `with` block is open, in its own thread; readable afterwards.
 
+    Printed, it is a table: for each stage its block, the patch tokens that came in and went out, the most patches that one token
+    stands for in any image, and the share of patches that are dropped without a host by then.
     In masked training no token leaves: every stage has all tokens in `kept`, and what it decided is in `decisions`.
     """
 
@@ -55,6 +57,24 @@ class Trace:
         scores = None if r.scores is None else r.scores.detach()
         n_out = r.kept.shape[1] if r.leaving is not None else r.tokens.shape[1] - self.prefix
         self._records[stage] = StageTrace(block, n, n_out, scores, r.kept, r.pruned, r.hosts, r.logits, r.decision)
+
+    def __repr__(self) -> str:
+        stages = self.stages
+        if not stages:
+            why = "run the model inside `with sv.trace(model) as t:`" if self._state.stages else "it has no stages"
+            return f"trace of {self._state.reducer}: nothing was recorded; {why}"
+        images = len(stages[0].kept)
+        rows = [("block", "tokens in", "tokens out", "largest group", "dropped")]
+        for j, s in enumerate(stages):
+            groups = self.groups_after(j)
+            became = ("-", "-")  # of tensors without values
+            if not groups.is_meta:
+                dropped = (groups < 0).float().mean().item()
+                became = (str(int(self._sizes_after(j).max())), f"{100 * dropped:.1f} %")
+            rows.append((str(s.block), str(s.n), str(s.n_out), *became))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([f"trace of {self._state.reducer}, {images} image{'' if images == 1 else 's'}", *table])
 
     @property
     def stages(self) -> list[StageTrace]:
@@ -108,8 +128,11 @@ class Trace:
     @property
     def sizes(self) -> Tensor:
         """How many original patches each final token stands for: [B, K_last] float32; dropped ones count nowhere."""
-        groups = self.groups
-        counts = torch.zeros(groups.shape[0], self.stages[-1].n_out + 1, device=groups.device)
+        return self._sizes_after(len(self._records) - 1)
+
+    def _sizes_after(self, stage: int) -> Tensor:
+        groups = self.groups_after(stage)
+        counts = torch.zeros(groups.shape[0], self.stages[stage].n_out + 1, device=groups.device)
         return counts.scatter_add_(1, groups + 1, torch.ones_like(groups, dtype=counts.dtype))[:, 1:]
 
     def scatter_back(self, tokens: Tensor, fill: float = 0.0, stage: int | None = None) -> Tensor:

@@ -147,6 +147,22 @@ def method(name: str) -> Method:
     return known[key]
 
 
+def label_of(reducer: Reducer) -> str:
+    """What tables and charts call a reducer: the label of the row whose options it has, or the name of its class.
+
+    >>> label_of(ETPS(keep=0.5)), label_of(ETPS(mass=True)), label_of(Squeeze(score="random"))
+    ('eTPS', 'eTPS + mass', 'Squeeze')
+    """
+    best, most = type(reducer).__name__, -1
+    for row in methods().values():
+        same = type(row.template()) is type(reducer) and all(
+            getattr(reducer, name) == value for name, value in row.options.items() if name != "at"
+        )
+        if same and len(row.options) > most:
+            best, most = row.label, len(row.options)
+    return best
+
+
 def staged(name: str, keep: float | Sequence[float], at: Sequence[int] | str | None = None) -> Reducer:
     """A reducer by name, keep ratio and stages. Raises ConfigError for a method without keep ratios, as ToMe.
 

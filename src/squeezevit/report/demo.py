@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,12 @@ from squeezevit.data import dinov2, elpv
 from squeezevit.data.probe import Probe, Progress, cosine, extract, fit_probe, load_images
 from squeezevit.errors import ConfigError, MissingExtraError
 from squeezevit.reducers.catalog import Method, method, methods
-from squeezevit.report.findings import listed
+from squeezevit.report.findings import PRESET, budget_words, listed
+
+if TYPE_CHECKING:
+    from squeezevit.report import Panel
+
+SIDE_BY_SIDE = (PRESET, "topk", "tome")
 
 
 def compared() -> tuple[str, ...]:
@@ -86,7 +91,7 @@ def run_demo(out: Path, settings: Settings, progress: Progress) -> dict[str, Any
     photos, probe = judge(model, settings, progress)
     points = [Point(method("identity"), 1.0, method("identity").template()), *equal_macs(model, rows, settings, progress)]
     dense, *measured = _measured(model, points, photos, probe, settings, progress)
-    figures = draw_overlays(restore_(model), photos.cells, _shown(points[1:]), settings)
+    figures = draw_overlays(restore_(model), photos.cells, _shown(points[1:]), settings, progress)
     results = {
         **header(),
         "settings": _settings(settings, probe, points, len(description_of(model).blocks)),
@@ -158,39 +163,70 @@ def _measured(
         model, [point.reducer for point in points], settings.batch_size, settings.image_size, settings.rounds, limits=False,
         progress=lambda done, total: progress("timing, all methods in turn", done, total),
     )  # fmt: skip
-    rows = [_row(points[0], speeds[0], probe, probe.features)]
+    depth = len(description_of(model).blocks)
+    rows = [_row(points[0], speeds[0], probe, probe.features, depth)]
     for point, speed in zip(points[1:], speeds[1:], strict=True):
-        rows.append(_row(point, speed, probe, extract(reduce_(model, point.reducer), photos.batches, progress, str(point))))
+        features = extract(reduce_(model, point.reducer), photos.batches, progress, str(point))
+        rows.append(_row(point, speed, probe, features, depth))
     return rows
 
 
-def _shown(points: list[Point]) -> Point:
-    """Whose tokens are drawn: eTPS's at half the MACs where it is there, otherwise the first."""
-    return next((point for point in points if (point.method.name, point.target) == ("etps", 0.5)), points[0])
+def _shown(points: list[Point]) -> list[Point]:
+    """Whose tokens are drawn side by side at about half the MACs: the preset, plain pruning and ToMe, or the first three."""
+    target = min((point.target for point in points), key=lambda target: abs(target - 0.5))
+    there = [point for point in points if point.target == target]
+    return [point for name in SIDE_BY_SIDE for point in there if point.method.name == name] or there[:3]
 
 
-def draw_overlays(model: nn.Module, cells: list[Path], point: Point, settings: Settings) -> dict[str, Any]:
-    """Four photographs, two solar cells and two of scikit-image's, with the tokens at every stage."""
+def draw_overlays(
+    model: nn.Module, cells: list[Path], points: list[Point], settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    """Four photographs, two solar cells and two of scikit-image's, as each point leaves them; the last one also at every stage."""
     from PIL import Image
     from skimage import data
 
     from squeezevit.data.folder import read_image
-    from squeezevit.report import panels, stages_from_trace
-    from squeezevit.report.show import normalise
 
     photos = {f"a defective solar cell ({path.name})": read_image(path) for path in cells}
     photos |= {name: Image.fromarray(getattr(data, name)()) for name in ("chelsea", "coffee")}
-    reduce_(model, point.reducer)
-    figures = {}
-    for name, photo in photos.items():
-        square = crop_square(photo)
-        with torch.inference_mode(), trace(model) as t:
-            model(normalise(square, (settings.image_size, settings.image_size), elpv.MEAN, elpv.STD))
-        shown = square.resize((448, 448), Image.Resampling.BICUBIC)
-        title = f"{name}, {point.method.label} {point.reducer.setting()}"
-        figures[title] = panels(np.asarray(shown), stages_from_trace(t))
+    figures: dict[str, Any] = {}
+    for done, (name, photo) in enumerate(photos.items(), start=1):
+        figures[f"{name}, {budget_words(points[0].target)}"] = _side_by_side(model, crop_square(photo), points, settings)
+        progress("drawing", done, len(photos))
+    title = f"{name}, {points[0].method.label} stage by stage, {points[0].reducer.setting()}"
+    figures[title] = _run(model, points[0], crop_square(photo), settings)[0]
     restore_(model)
     return figures
+
+
+def _side_by_side(model: nn.Module, photo: Any, points: list[Point], settings: Settings) -> "list[Panel]":
+    """The photograph, and what each point has made of it after its last stage."""
+    from squeezevit.report import Panel
+
+    dense = Point(method("identity"), 1.0, method("identity").template())
+    whole, features, _ = _run(model, dense, photo, settings)
+    out = whole[:1]
+    for point in points:
+        drawn, found, left = _run(model, point, photo, settings)
+        near = torch.nn.functional.cosine_similarity(found, features).item()
+        out.append(Panel(drawn[-1].image, f"{point.method.label}: {left} tokens left, cosine {near:.3f}"))
+    return out
+
+
+@torch.inference_mode()
+def _run(model: nn.Module, point: Point, photo: Any, settings: Settings) -> "tuple[list[Panel], Tensor, str]":
+    """A square photograph through the reduced model: a panel for each stage, its features, and how many tokens are left."""
+    from PIL import Image
+
+    from squeezevit.report import panels, stages_from_trace
+    from squeezevit.report.show import normalise
+
+    size = (settings.image_size, settings.image_size)
+    with trace(reduce_(model, point.reducer)) as t:
+        features = model(normalise(photo, size, elpv.MEAN, elpv.STD))
+    shown = photo.resize((448, 448), Image.Resampling.BICUBIC)
+    left = str(t.stages[-1].n_out) if t.stages else "all"
+    return panels(np.asarray(shown), stages_from_trace(t)), features, left
 
 
 def crop_square(photo: Any) -> Any:
@@ -200,7 +236,7 @@ def crop_square(photo: Any) -> Any:
     return photo.crop((left, top, left + side, top + side))
 
 
-def _row(point: Point, speed: Speed, probe: Probe, features: np.ndarray) -> dict[str, Any]:
+def _row(point: Point, speed: Speed, probe: Probe, features: np.ndarray, depth: int) -> dict[str, Any]:
     hits, dense = probe.hits(features), probe.hits(probe.features)
     n, accuracy = len(hits), float(hits.mean())
     difference = hits.astype(float) - dense
@@ -211,6 +247,8 @@ def _row(point: Point, speed: Speed, probe: Probe, features: np.ndarray) -> dict
         "reducer": point.reducer.setting(),
         "reducer_full": repr(point.reducer),
         "target": point.target,
+        "stages": list(point.reducer.stages(depth)),
+        "depth": depth,
         "macs": speed.macs,
         "macs_share": speed.macs_share,
         "tokens": list(speed.tokens),

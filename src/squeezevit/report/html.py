@@ -15,15 +15,19 @@ from PIL import Image
 from squeezevit.report.charts import accuracy_chart, cosine_chart, css_variables, marker_svg, speed_chart, styles
 from squeezevit.report.findings import (
     NONE,
+    PRESET,
     TIMES,
-    best_of,
     budget_words,
     by_budget,
+    closest,
+    coarse,
+    few_left,
     findings,
+    headline,
     listed,
+    most_accurate,
     plus_minus,
     signed,
-    ties,
 )
 from squeezevit.report.overlay import Panel
 from squeezevit.report.rows import Row, current
@@ -99,14 +103,29 @@ def _header(results: Mapping[str, Any]) -> str:
     )
     quick = (
         '<p class="note"><strong>A quick run.</strong> Few photographs and few timing rounds: it shows that everything '
-        "works; for numbers, run the demo without <code>--quick</code>.</p>"
+        "works. Methods are compared by how near their features stay to the unreduced model's, which few photographs can tell; "
+        "for accuracies, run the demo without <code>--quick</code>.</p>"
         if settings.get("quick")
         else ""
     )
     return (
         f'<header><p class="over">SqueezeViT demo · {escape(_date(results["created"]))}</p>'
-        f"<h1>{TITLE}</h1><p>{_text(text)}</p>{quick}</header>\n"
+        f'<h1>{TITLE}</h1><p class="lead">{_text(headline(results))}</p>{quick}<p>{_text(text)}</p>{_preset(rows)}</header>\n'
     )
+
+
+def _preset(rows: Sequence[Row]) -> str:
+    """What the preset is, where it was run."""
+    row = next((row for row in rows if row["method"] == PRESET), None)
+    if row is None:
+        return ""
+    text = (
+        f"{row['label']} is this library's preset for models that are not trained further, in {len(row['tokens']) - 1} stages. "
+        "A token's score is low where it is like a token that gets more attention, so that what is pruned has a twin; each pruned "
+        "token is fused into the kept token most like it, by the number of patches that both stand for. How many are kept at each "
+        "stage follows from the budget. All of this was chosen by measuring, on other photographs than these."
+    )
+    return f"<p>{_text(text)}</p>"
 
 
 def _section(heading: str, inner: str, wide: bool = False) -> str:
@@ -129,7 +148,9 @@ def _findings(results: Mapping[str, Any]) -> str:
         "difference, which is a low bar: two methods that are equally good would be further apart than that about one "
         "time in three. Between two methods that error is the root sum of squares of their paired errors against dense."
     )
-    return f'<p>{_text(start)}</p><div class="findings">{entries}</div><p class="fine">{_text(rule)}</p>'
+    why = few_left(results)
+    explained = f"<p>{_text(why)}</p>" if why else ""
+    return f'<p>{_text(start)}</p><div class="findings">{entries}</div>{explained}<p class="fine">{_text(rule)}</p>'
 
 
 def _table(results: Mapping[str, Any]) -> str:
@@ -140,28 +161,26 @@ def _table(results: Mapping[str, Any]) -> str:
         ("% of dense", ""),
         ("Images/s", ""),
         ("Speed-up", ""),
-        ("Accuracy, %", ""),
-        ("Against dense, points", ""),
-        ("Cosine to dense", ""),
+        *(_judged(rough := coarse(results), [("Accuracy, %", ""), ("Against dense, points", "")], [("Cosine to dense", "")])),
         ("Patch tokens after each stage", "left"),
     ]
     head = "".join(f'<th scope="col"{f" class={side}" if side else ""}>{escape(text)}</th>' for text, side in heads)
     parts = [f"<thead><tr>{head}</tr></thead>"]
-    parts.append(f"<tbody>{_line(results['dense'], '', False, False)}</tbody>")
+    parts.append(f"<tbody>{_line(results['dense'], '', False, False, rough)}</tbody>")
     missed = False
     for target, rows in by_budget(results["rows"]).items():
-        best = best_of(rows)
-        leading = [best, *ties(rows, best)]
+        leading = closest(rows) if rough else most_accurate(rows)
         lines = []
         for row in rows:
             off = abs(row["macs_share"] - target) > 0.01
             missed |= off
             leads = any(row is other for other in leading)
-            lines.append(_line(row, marker_svg(look[row["method"]]), leads, off))
+            lines.append(_line(row, marker_svg(look[row["method"]]), leads, off, rough))
         group = f'<th scope="rowgroup" colspan="{len(heads)}"><span>{budget_words(target)}</span></th>'
         parts.append(f'<tbody><tr class="group">{group}</tr>{"".join(lines)}</tbody>')
     notes = (
-        "Bold: the highest accuracy at that budget, and all that tie with it. Images/s: median over the timing rounds. "
+        f"Bold: the highest {'cosine' if rough else 'accuracy'} at that budget, and all that tie with it. "
+        "Images/s: median over the timing rounds. "
         "Speed-up: median of each round's ratio to the dense model in the same round; below it, the best. "
         "Against dense: paired difference over the same photographs."
     )
@@ -171,10 +190,16 @@ def _table(results: Mapping[str, Any]) -> str:
     return f'{_scroll(table, "Operating points")}<p class="fine">{escape(notes)}</p>'
 
 
-def _line(row: Row, mark: str, leads: bool, off: bool) -> str:
+def _judged(rough: bool, accuracy: list[Any], fidelity: list[Any]) -> list[Any]:
+    """What tells methods apart, first."""
+    return [*fidelity, *accuracy] if rough else [*accuracy, *fidelity]
+
+
+def _line(row: Row, mark: str, leads: bool, off: bool, rough: bool) -> str:
     best = row.get("speedup_best")
     difference = signed(row["paired_difference"], row["paired_difference_se"]) if row["target"] != 1.0 else NONE
     accuracy = plus_minus(row["accuracy"], row["accuracy_se"], 100)
+    cosine = NONE if row["cosine"] is None or row["target"] == 1.0 else plus_minus(row["cosine"], row["cosine_se"], 1, 3)
     cells = [
         _cell(f"{row['macs'] / 1e9:.2f}"),
         _cell(f"{100 * row['macs_share']:.1f}{'†' if off else ''}"),
@@ -183,9 +208,7 @@ def _line(row: Row, mark: str, leads: bool, off: bool) -> str:
             NONE if row["speedup"] is None else f"{row['speedup']:.2f}{TIMES}",
             "" if best is None or row["target"] == 1.0 else f"best {best:.2f}{TIMES}",
         ),
-        f"<td>{f'<strong>{escape(accuracy)}</strong>' if leads else escape(accuracy)}</td>",
-        _cell(difference),
-        _cell(NONE if row["cosine"] is None or row["target"] == 1.0 else plus_minus(row["cosine"], row["cosine_se"], 1, 3)),
+        *_judged(rough, [_bold(accuracy, leads and not rough), _cell(difference)], [_bold(cosine, leads and rough)]),
         f'<td class="left tokens">{escape(" ".join(str(count) for count in row["tokens"]) or NONE)}</td>',
     ]
     name = f'<th scope="row">{mark}{escape(row["label"])}<code>{escape(row["reducer"])}</code></th>'
@@ -194,6 +217,10 @@ def _line(row: Row, mark: str, leads: bool, off: bool) -> str:
 
 def _cell(text: str, small: str = "") -> str:
     return f"<td>{escape(text)}{f'<small>{escape(small)}</small>' if small else ''}</td>"
+
+
+def _bold(text: str, leads: bool) -> str:
+    return f"<td>{f'<strong>{escape(text)}</strong>' if leads else escape(text)}</td>"
 
 
 def _charts(results: Mapping[str, Any]) -> str:
@@ -209,6 +236,8 @@ def _charts(results: Mapping[str, Any]) -> str:
             "Median speed-up over the dense model on this machine. Dotted: where a model would be whose time followed its MACs.",
         ),
     ]
+    if coarse(results):
+        captions[:2] = captions[1::-1]
     out = []
     for draw, caption in captions:
         svg = draw(results) or '<p class="missing">This run holds no values for this chart.</p>'
@@ -220,9 +249,9 @@ def _overlays(figures: Mapping[str, Picture]) -> str:
     count = sum(1 if isinstance(picture, Image.Image) else len(picture) for picture in figures.values())
     share = PICTURE_BYTES // max(1, count)
     intro = (
-        "Reserved patches show the photograph. Patches of one colour were squeezed into one token, paler where that "
-        "happened at an earlier stage; the dot marks the host they were squeezed into. Dark, hatched patches were "
-        "dropped without a host. A thin grid marks tokens that still stand for one patch."
+        "A region is the patches that are one token, in their mean colour; regions apart may be one token. Dark, hatched patches "
+        "were dropped: no token stands for them. Side by side, methods are seen after their last stage, at the same budget; the "
+        "cosine is that of this photograph's features with the unreduced model's."
     )
     out = [f"<p>{escape(intro)}</p>"]
     for name, picture in figures.items():

@@ -1,7 +1,8 @@
 """Token groups on photographs: which patches are reserved, and into which host each pruned one was squeezed.
 
-A *group* is all the patches that ended in one token. Reserved patches show the photograph; the pruned ones of a group
-are washed with the group's colour; a host carries a dot; patches that were dropped without a host are dark and hatched.
+A *group* is all the patches that ended in one token. In the style "mean" a group is filled with the mean colour of its patches, as
+the paper on ToMe draws them. In the style "outlines" reserved patches show the photograph; the pruned ones of a group are washed
+with the group's colour; a host carries a dot. Patches that were dropped without a host are dark and hatched in both.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,7 +18,11 @@ from PIL import Image, ImageDraw, ImageFont
 from squeezevit.errors import DataError
 
 SHORT_SIDE = 448  # a smaller photograph is enlarged by a whole factor until its short side has this many pixels
+Style = Literal["mean", "outlines"]
+STYLES: tuple[Style, ...] = get_args(Style)
+COLUMNS = (5, 4, 3)  # of a figure with more panels than fit in one row
 COLOURS = 12  # more are made only where that many neighbours leave no choice
+LUMA = np.array([0.299, 0.587, 0.114])
 INK, FAINT, PAPER = (27, 31, 36), (91, 99, 110), (255, 255, 255)
 
 
@@ -89,7 +94,7 @@ def draw_stage(
     pruned: np.ndarray,
     colours: np.ndarray | None = None,
 ) -> Image.Image:
-    """The photograph with its token groups after one stage.
+    """The photograph with its token groups after one stage, in the style "outlines".
 
     `photo`: uint8 [H, W, 3]. `before`, `after`: int [N0], `pruned`: bool [N0], as in `StageGroups`. `grid`: (rows, columns),
     rows * columns = N0. `colours`: int [N0] from `group_colours`, made here when absent. Patches that joined their
@@ -105,7 +110,7 @@ def draw_stage(
     cell = min(height / grid[0], width / grid[1])
 
     joined = _joined_now(before, after, pruned)
-    grey = canvas @ np.array([0.299, 0.587, 0.114])
+    grey = canvas @ LUMA
     coloured = colours >= 0
     tint = palette(int(colours.max(initial=0)) + 1)[colours] * 255  # [N0, 3]; the last colour where -1, masked below
     wash = np.where(coloured & pruned, np.where(joined, 0.52, 0.36), 0.0)[patch][..., None]
@@ -117,16 +122,40 @@ def draw_stage(
     return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
 
-def panels(photo: np.ndarray, stages: Sequence[StageGroups], grid: tuple[int, int] | None = None) -> list[Panel]:
-    """The photograph, then one drawing per stage, each with its caption; a group keeps its host's colour where it can.
+def fill_stage(photo: np.ndarray, after: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """The photograph after one stage in the style "mean": every group in the mean colour of its patches, with a thin outline.
 
-    `grid` may be left out where the patches form a square.
+    `photo`, `after`, `grid` and the size of the result are as in `draw_stage`.
+    """
+    after = np.asarray(after)
+    _check(photo, grid, after=after)
+    canvas = _canvas(photo)
+    height, width = canvas.shape[:2]
+    group = after[patch_of_pixel(grid, (height, width))]
+    mean = _mean_colours(canvas, group)
+    light = (mean @ LUMA > 90)[:, None]
+    line = np.where(light, mean * 0.6, mean * 0.6 + 70)
+    out = np.where(outline_mask(group, 1)[..., None], line[group], mean[group])  # group -1 is the last row, hatched below
+    dropped = group < 0
+    out = _hatch(np.where(dropped[..., None], canvas, out), dropped, np.zeros_like(dropped), min(height / grid[0], width / grid[1]))
+    return Image.fromarray(np.clip(np.rint(out), 0, 255).astype(np.uint8))
+
+
+def panels(
+    photo: np.ndarray, stages: Sequence[StageGroups], grid: tuple[int, int] | None = None, style: Style = "mean"
+) -> list[Panel]:
+    """The photograph, then one drawing per stage, each with its caption.
+
+    `grid` may be left out where the patches form a square. In the style "outlines" a group keeps its host's colour where it can.
     """
     patches = f", {len(stages[0].after)} patches" if stages else ""
     out = [Panel(Image.fromarray(np.rint(_canvas(photo)).astype(np.uint8)), f"photograph{patches}")]
     colours = None
     for stage in stages:
         grid = grid or _square(len(stage.after))
+        if style == "mean":
+            out.append(Panel(fill_stage(photo, stage.after, grid), stage.caption))
+            continue
         _checked(photo, stage.before, stage.after, grid, stage.pruned)
         colours = group_colours(stage.after, grid, colours)
         out.append(Panel(draw_stage(photo, stage.before, stage.after, grid, stage.pruned, colours), stage.caption))
@@ -138,35 +167,77 @@ def figure(
     stages: Sequence[StageGroups],
     grid: tuple[int, int] | None = None,
     *,
+    style: Style = "mean",
     title: str | None = None,
-    columns: int = 4,
+    columns: int | None = None,
 ) -> Image.Image:
-    """`panels` side by side, at most `columns` to a row, with captions and a one-line legend, on white."""
-    drawn = panels(photo, stages, grid)
+    """`panels` side by side, as `sheet` lays them out."""
+    return sheet(panels(photo, stages, grid, style), stages, style=style, title=title, columns=columns)
+
+
+def sheet(
+    drawn: Sequence[Panel],
+    stages: Sequence[StageGroups],
+    *,
+    style: Style = "mean",
+    title: str | None = None,
+    columns: int | None = None,
+) -> Image.Image:
+    """Panels in rows with their captions and a legend, on white; at most `columns` to a row, by default so that rows are full."""
     width, height = drawn[0].image.size
-    columns = min(columns, len(drawn))
+    columns = min(columns or columns_for(len(drawn)), len(drawn))
     gap, margin, size = 16, 20, max(15, round(width / 26))
     caption_font, title_font = _font(size), _font(round(size * 1.3))
     captions = [_wrap(panel.caption, caption_font, width) for panel in drawn]
     line = round(size * 1.3)
     row_height = height + 8 + line * max(map(len, captions)) + gap
     rows = -(-len(drawn) // columns)
-    top = margin + (round(size * 1.3) + gap if title else 0)
-    legend = _legend_parts(stages)
     sheet_width = 2 * margin + columns * width + (columns - 1) * gap
+    title_lines = _wrap(title, title_font, sheet_width - 2 * margin) if title else []
+    top = margin + len(title_lines) * round(line * 1.3) + (gap if title else 0)
+    legend = _legend_parts(stages, style)
     legend_rows = _flow(legend, caption_font, size, sheet_width - 2 * margin)
     legend_height = len(legend_rows) * round(size * 1.7)
-    sheet = Image.new("RGB", (sheet_width, top + rows * row_height + legend_height + margin // 2), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    if title:
-        pen.text((margin, margin - 4), title, fill=INK, font=title_font)
+    page = Image.new("RGB", (sheet_width, top + rows * row_height + legend_height + margin // 2), PAPER)
+    pen = ImageDraw.Draw(page)
+    for index, words in enumerate(title_lines):
+        pen.text((margin, margin - 4 + index * round(line * 1.3)), words, fill=INK, font=title_font)
     for index, (panel, lines) in enumerate(zip(drawn, captions, strict=True)):
         x, y = margin + index % columns * (width + gap), top + index // columns * row_height
-        sheet.paste(panel.image, (x, y))
+        page.paste(panel.image, (x, y))
         pen.multiline_text((x, y + height + 8), "\n".join(lines), fill=INK, font=caption_font, spacing=size * 0.2)
     for index, parts in enumerate(legend_rows):
-        _draw_legend(sheet, parts, (margin, top + rows * row_height + index * round(size * 1.7)), size, caption_font)
-    return sheet
+        _draw_legend(page, parts, (margin, top + rows * row_height + index * round(size * 1.7)), size, caption_font)
+    return page
+
+
+def columns_for(count: int) -> int:
+    """How many of so many panels go into a row: all where they fit, otherwise what leaves the fewest places empty.
+
+    >>> columns_for(5), columns_for(13)  # a last row of one, with four columns
+    (5, 5)
+    """
+    return count if count <= COLUMNS[0] else min(COLUMNS, key=lambda columns: -count % columns)
+
+
+def frames(drawn: Sequence[Panel], title: str, longest: int) -> list[Image.Image]:
+    """One picture for each panel, all of one size: the title above, the panel at most `longest` pixels long, its caption below."""
+    scale = min(1.0, longest / max(drawn[0].image.size))
+    width, height = (max(1, round(side * scale)) for side in drawn[0].image.size)
+    margin, size = 10, max(13, round(width / 36))
+    sheet_width, font, line = max(width, 360) + 2 * margin, _font(size), round(size * 1.35)
+    above = _wrap(title, font, sheet_width - 2 * margin)
+    below = [_wrap(panel.caption, font, sheet_width - 2 * margin) for panel in drawn]
+    top = margin + line * len(above) + 4
+    out = []
+    for panel, lines in zip(drawn, below, strict=True):
+        page = Image.new("RGB", (sheet_width, top + height + 6 + line * max(map(len, below)) + margin), PAPER)
+        pen = ImageDraw.Draw(page)
+        pen.multiline_text((margin, margin - 4), "\n".join(above), fill=INK, font=font, spacing=size * 0.2)
+        page.paste(panel.image.resize((width, height), Image.Resampling.LANCZOS), ((sheet_width - width) // 2, top))
+        pen.multiline_text((margin, top + height + 6), "\n".join(lines), fill=FAINT, font=font, spacing=size * 0.2)
+        out.append(page)
+    return out
 
 
 def group_colours(
@@ -245,15 +316,27 @@ def _numpy(tensor: Any) -> np.ndarray:
 def _checked(
     photo: np.ndarray, before: np.ndarray, after: np.ndarray, grid: tuple[int, int], pruned: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    arrays = {"before": np.asarray(before), "after": np.asarray(after), "pruned": np.asarray(pruned, dtype=bool)}
+    _check(photo, grid, **arrays)
+    return arrays["before"], arrays["after"], arrays["pruned"]
+
+
+def _check(photo: np.ndarray, grid: tuple[int, int], **arrays: np.ndarray) -> None:
     if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
         raise DataError(f"photo is {photo.dtype} {list(photo.shape)}; give uint8 [H, W, 3]")
     if min(photo.shape[0] / grid[0], photo.shape[1] / grid[1]) < 1:
         raise DataError(f"a photo of {photo.shape[0]} x {photo.shape[1]} pixels has no room for grid={grid}; give a larger one")
-    arrays = {"before": np.asarray(before), "after": np.asarray(after), "pruned": np.asarray(pruned, dtype=bool)}
     for name, array in arrays.items():
         if array.shape != (grid[0] * grid[1],):
             raise DataError(f"{name} has shape {list(array.shape)}, but grid={grid} has {grid[0] * grid[1]} patches")
-    return arrays["before"], arrays["after"], arrays["pruned"]
+
+
+def _mean_colours(canvas: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """float [number of groups + 1, 3]: the mean colour of every group's pixels; the last row is of dropped ones, number -1."""
+    number = int(group.max(initial=-1)) + 1
+    flat = np.where(group < 0, number, group).ravel()
+    sums = np.stack([np.bincount(flat, canvas[..., channel].ravel(), number + 1) for channel in range(3)], axis=1)
+    return sums / np.maximum(np.bincount(flat, minlength=number + 1), 1)[:, None]
 
 
 def _square(count: int) -> tuple[int, int]:
@@ -361,16 +444,25 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def _legend_parts(stages: Sequence[StageGroups]) -> list[tuple[str, str]]:
+def _legend_parts(stages: Sequence[StageGroups], style: Style) -> list[tuple[str, str]]:
     if not stages:
         return []
-    parts = [("photo", "reserved: the photograph itself")]
+    if style == "mean":
+        parts = [("mean", "a region: the patches that are one token, in their mean colour (regions apart may be one token)")]
+    else:
+        parts = [("photo", "reserved: the photograph itself")]
+        parts += _legend_of_outlines(stages)
+    if any((stage.after < 0).any() for stage in stages):
+        parts.append(("hatch", "dropped, without a host"))
+    return parts
+
+
+def _legend_of_outlines(stages: Sequence[StageGroups]) -> list[tuple[str, str]]:
+    parts = []
     if any(stage.hosted and not stage.extra for stage in stages):
         parts.append(("dot", "a host"))
     if any(stage.hosted for stage in stages):
         parts.append(("wash", "one colour: pruned patches squeezed into one token (paler: at an earlier stage)"))
-    if any((stage.after < 0).any() for stage in stages):
-        parts.append(("hatch", "dropped, without a host"))
     return parts
 
 
@@ -387,21 +479,27 @@ def _flow(parts: list[tuple[str, str]], font: Any, size: int, width: int) -> lis
     return rows
 
 
-def _draw_legend(sheet: Image.Image, parts: list[tuple[str, str]], corner: tuple[int, int], size: int, font: Any) -> None:
-    pen = ImageDraw.Draw(sheet)
+def _draw_legend(page: Image.Image, parts: list[tuple[str, str]], corner: tuple[int, int], size: int, font: Any) -> None:
+    pen = ImageDraw.Draw(page)
     x, y = corner
     tint = np.array([palette(1)[0] * 255])
     for kind, words in parts:
         swatch = np.full((size, size, 3), 190.0)
         whole = np.zeros((size, size), dtype=int)
-        if kind == "wash":
+        if kind == "mean":
+            swatch[_edge(size, 1)] *= 0.6
+        elif kind == "wash":
             swatch = swatch * 0.4 + tint[0] * 0.6
-            edge = np.pad(np.zeros((size - 4, size - 4), dtype=bool), 2, constant_values=True)
-            swatch[edge] = tint[0]
+            swatch[_edge(size, 2)] = tint[0]
         elif kind == "hatch":
             swatch = _hatch(swatch, whole == 0, whole > 0, size)
         elif kind == "dot":
             _dot(swatch, whole, 0, (1, 1), tint[0], radius=size * 0.3)
-        sheet.paste(Image.fromarray(np.rint(swatch).astype(np.uint8)), (x, y + 2))
+        page.paste(Image.fromarray(np.rint(swatch).astype(np.uint8)), (x, y + 2))
         pen.text((x + round(size * 1.4), y), words, fill=FAINT, font=font)
         x += round(size * 2.9 + font.getlength(words))
+
+
+def _edge(size: int, thickness: int) -> np.ndarray:
+    inner = size - 2 * thickness
+    return np.pad(np.zeros((inner, inner), dtype=bool), thickness, constant_values=True)
