@@ -122,7 +122,9 @@ def _short(error: BaseException) -> str:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--libraries", nargs="+", default=["timm", "transformers"], help="those to try; rows of others stay in the file")
+    parser.add_argument(
+        "--libraries", nargs="+", default=["timm", "transformers"], help="those to try; rows of others stay in the file"
+    )
     parser.add_argument("--only", default="", help="names that contain this; rows of others stay in the file")
     parser.add_argument("--json", type=Path, default=RESULTS / "registry.json")
     args = parser.parse_args()
