@@ -226,7 +226,6 @@ def test_a_wrapped_model_is_found_inside():
     ("name", "options", "why"),
     [
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2)}, "within windows"),
-        ("beit_base_patch16_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, "relative-position bias"),
         ("samvit_base_patch16_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, "within windows"),
     ],
 )

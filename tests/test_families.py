@@ -622,10 +622,6 @@ def timm_model(name: str, **options: Any) -> nn.Module:
     return timm.create_model(name, img_size=SIZE, num_classes=CLASSES, **options)
 
 
-def timm_beit() -> nn.Module:
-    return timm_model("beit_base_patch16_224", depth=1, embed_dim=DIM, num_heads=HEADS)
-
-
 def timm_swin() -> nn.Module:
     return timm_model("swin_tiny_patch4_window7_224", depths=(1, 1), num_heads=(2, 2), embed_dim=16, window_size=4)
 
@@ -661,10 +657,7 @@ def blocks_first_tokens_second() -> nn.Module:
     return model
 
 
-ABSOLUTE = "a ViT with absolute or rotary positions can be reduced"
 REFUSED = {
-    "hf-beit": (partial(hugging_face, "BeitModel"), ["BeitModel", "relative-position bias", ABSOLUTE]),
-    "hf-data2vec": (partial(hugging_face, "Data2VecVisionModel"), ["Data2VecVisionModel", "relative-position bias", ABSOLUTE]),
     "hf-swin": (hf_swin, ["SwinModel", "windows of the grid"]),
     "hf-mae-decoder": (
         partial(hugging_face, "ViTMAEForPreTraining"),
@@ -680,7 +673,6 @@ REFUSED = {
         two_towers,
         ["SiglipVisionModel has 2 vision towers", "goes into one: sv.reduce_(model.other, sv.ETPS(), grid=True)"],
     ),
-    "timm-beit": (timm_beit, ["Beit", "relative-position bias", ABSOLUTE]),
     "timm-swin": (timm_swin, ["SwinTransformer", "windows of the grid"]),
     "timm-parallel": (parallel_blocks, ["block 1", "ParallelScalingBlock", "register attn_half, mlp_half and attention"]),
     "torchvision-swin": (torchvision_swin, ["SwinTransformer", "windows of the grid"]),

@@ -43,7 +43,7 @@ from squeezevit.families.tokens import Intermediates, Without, full_weights, on_
 def load() -> None:
     """Models that not every version of timm has."""
     if "timm.models.qwen3_vit" in sys.modules:
-        importlib.import_module("squeezevit.families.timm_qwen3")
+        importlib.import_module("squeezevit.families.timm_qwen")
 
 
 @attn_half.register
