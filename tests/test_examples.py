@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-NEEDS = {"train_hf": "transformers", "train_vlm": "transformers", "train_lightning": "lightning", "vlm": "transformers"}
+NEEDS = {
+    "audio_video": "transformers",
+    "train_hf": "transformers",
+    "train_vlm": "transformers",
+    "train_lightning": "lightning",
+    "vlm": "transformers",
+}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
