@@ -249,10 +249,7 @@ def _require_proof(block: ReducedBlock, x: Tensor) -> None:
 
 def _as_bias(carry: Carry, pairs: Tensor | None, x: Tensor) -> Tensor | None:
     """What is added to attention logits: by stages so far, and by the block itself."""
-    if carry.bias is None:
-        return pairs
-    bias = carry.bias.to(x.dtype)
-    return bias if pairs is None else pairs + bias
+    return ops.summed(pairs, None if carry.bias is None else carry.bias.to(x.dtype))
 
 
 def _of_pairs(block: ReducedBlock, pairs: Tensor | None, carry: Carry) -> Tensor | None:

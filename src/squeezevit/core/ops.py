@@ -154,6 +154,11 @@ def at_positions(table: Tensor, positions: Tensor) -> Tensor:
     return rows[:, None] if rows.dim() == 3 else rows.transpose(0, 1)
 
 
+def summed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two biases of attention, of which either may not be there."""
+    return a if b is None else b if a is None else a + b
+
+
 def at_pairs(pairs: Tensor, positions: Tensor | None, prefix: int) -> Tensor:
     """Rows and columns of what is known of each pair of tokens, for prefix tokens and the patches each image has left.
 

@@ -65,10 +65,8 @@ class _Trial:
         """The half with attention, for tokens of the patches at these places, None: of all in their order."""
         rows = self.rows if places is None else {n: _rows(value, tuple(places)) for n, value in self.rows.items()}
         own, at = self.pairs, None if places is None else torch.tensor([places], device=x.device).expand(x.shape[0], -1)
-        if own is not None:
-            own = ops.at_pairs(own, at, self.prefix)
-            bias = own if bias is None else own + bias
-        return self.cut.attn_half(self.block, x, bias, **rows)
+        own = None if own is None else ops.at_pairs(own, at, self.prefix)
+        return self.cut.attn_half(self.block, x, ops.summed(own, bias), **rows)
 
 
 def has_rows(value: Any) -> bool:

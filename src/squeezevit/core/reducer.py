@@ -76,7 +76,7 @@ class Stage:
         """Importance of the patch tokens, [B, N] float32: class attention, or attention received where no class token is."""
         if score == "received" or (score == "auto" and not self.class_token):
             a = self.attend()
-            row = ops.received_attention(a.query(None), a.key(), self._bias(a.pairs), self.carry.mass)
+            row = ops.received_attention(a.query(None), a.key(), ops.summed(a.pairs, self.carry.bias), self.carry.mass)
         else:
             row = self.class_attention()
         return row[:, self.prefix :]
@@ -85,15 +85,10 @@ class Stage:
         """Attention of the class token over all tokens, mean over heads: [B, P + N] float32."""
         a = self.attend()
         query = a.query(1)[:, :, 0]  # (B, H, d)
-        bias = self._bias(None if a.pairs is None else a.pairs[:, :, :1])
+        bias = ops.summed(None if a.pairs is None else a.pairs[:, :, :1], self.carry.bias)
         if a.key_weight is None:
             return ops.class_attention(query, a.key(), bias)
         return ops.class_attention_folded(query, a.key_weight, a.x, bias)
-
-    def _bias(self, pairs: Tensor | None) -> Tensor | None:
-        """What is added to attention logits: by stages so far, and by the block itself."""
-        own = self.carry.bias
-        return own if pairs is None else pairs if own is None else pairs + own
 
     def keys(self) -> Tensor:
         """The block's attention keys of the patch tokens, mean over heads: [B, N, d]."""

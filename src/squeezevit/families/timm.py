@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
+from squeezevit.core import ops
 from squeezevit.core.block import State
 from squeezevit.core.cut import (
     ANY_PAIRS,
@@ -51,13 +52,16 @@ def _(block: Block, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias)))
 
 
-@mlp_half.register
-def _(block: Block, x: Tensor) -> Tensor:
+@mlp_half.register(Block)
+@mlp_half.register(RelPosBlock)
+def _(block: Any, x: Tensor) -> Tensor:
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-@attention.register
-def _(block: Block, x: Tensor) -> Attention:
+@attention.register(Block)
+@attention.register(BeitBlock)
+@attention.register(RelPosBlock)
+def _(block: Any, x: Tensor) -> Attention:
     return _attention(block.attn, output(block.norm1, x))
 
 
@@ -66,13 +70,16 @@ def _(block: ResPostBlock, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return x + block.drop_path1(block.norm1(block.attn(x, attn_mask=bias)))
 
 
-@mlp_half.register
-def _(block: ResPostBlock, x: Tensor) -> Tensor:
+@mlp_half.register(ResPostBlock)
+@mlp_half.register(ResPostRelPosBlock)
+@mlp_half.register(EvaBlockPostNorm)
+def _(block: Any, x: Tensor) -> Tensor:
     return x + block.drop_path2(block.norm2(block.mlp(x)))
 
 
-@attention.register
-def _(block: ResPostBlock, x: Tensor) -> Attention:
+@attention.register(ResPostBlock)
+@attention.register(ResPostRelPosBlock)
+def _(block: Any, x: Tensor) -> Attention:
     return _attention(block.attn, x)
 
 
@@ -82,8 +89,9 @@ def _(block: EvaBlock, x: Tensor, bias: Tensor | None = None, rope: Tensor | Non
     return x + block.drop_path1(y if block.gamma_1 is None else block.gamma_1 * y)
 
 
-@mlp_half.register
-def _(block: EvaBlock, x: Tensor) -> Tensor:
+@mlp_half.register(EvaBlock)
+@mlp_half.register(BeitBlock)
+def _(block: Any, x: Tensor) -> Tensor:
     y = block.mlp(block.norm2(x))
     return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
 
@@ -96,11 +104,6 @@ def _(block: EvaBlock, x: Tensor, rope: Tensor | None = None) -> Attention:
 @attn_half.register
 def _(block: EvaBlockPostNorm, x: Tensor, bias: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
     return x + block.drop_path1(block.norm1(block.attn(x, rope=rope, attn_mask=bias)))
-
-
-@mlp_half.register
-def _(block: EvaBlockPostNorm, x: Tensor) -> Tensor:
-    return x + block.drop_path2(block.norm2(block.mlp(x)))
 
 
 @attention.register
@@ -116,17 +119,11 @@ def _(block: BeitBlock, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return x + block.drop_path1(y if block.gamma_1 is None else block.gamma_1 * y)
 
 
-@mlp_half.register
-def _(block: BeitBlock, x: Tensor) -> Tensor:
-    y = block.mlp(block.norm2(x))
-    return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
-
-
 @pairs.register
 def _(block: BeitBlock, shared_rel_pos_bias: Tensor | None = None) -> Tensor | None:
     own = None if block.attn.relative_position_bias_table is None else block.attn._get_rel_pos_bias()
     shared = shared_rel_pos_bias if shared_rel_pos_bias is None or shared_rel_pos_bias.dim() == 4 else shared_rel_pos_bias[None]
-    return own if shared is None else shared if own is None else own + shared
+    return ops.summed(own, shared)
 
 
 @attn_half.register
@@ -134,19 +131,9 @@ def _(block: RelPosBlock, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return x + block.drop_path1(block.ls1(Without(block.attn, rel_pos=None)(block.norm1(x), shared_rel_pos=bias)))
 
 
-@mlp_half.register
-def _(block: RelPosBlock, x: Tensor) -> Tensor:
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
 @attn_half.register
 def _(block: ResPostRelPosBlock, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return x + block.drop_path1(block.norm1(Without(block.attn, rel_pos=None)(x, shared_rel_pos=bias)))
-
-
-@mlp_half.register
-def _(block: ResPostRelPosBlock, x: Tensor) -> Tensor:
-    return x + block.drop_path2(block.norm2(block.mlp(x)))
 
 
 @pairs.register(RelPosBlock)
@@ -172,17 +159,6 @@ def _(block: Any, patches: Tensor) -> dict[str, Any]:
 def _(block: Any) -> int:
     window = getattr(getattr(block.attn, "rel_pos", block.attn), "window_size", None)
     return 6 if window is None else window[0] * window[1]
-
-
-@attention.register(BeitBlock)
-@attention.register(RelPosBlock)
-def _(block: Any, x: Tensor) -> Attention:
-    return _attention(block.attn, output(block.norm1, x))
-
-
-@attention.register
-def _(block: ResPostRelPosBlock, x: Tensor) -> Attention:
-    return _attention(block.attn, x)
 
 
 @projections.register(Block)

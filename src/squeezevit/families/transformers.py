@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from squeezevit.core import ops
 from squeezevit.core.block import Mixin
 from squeezevit.core.cut import (
     ANY_PAIRS,
@@ -193,7 +194,8 @@ def _register_beit(layer: type) -> None:
         interpolate_pos_encoding: bool = False,
         resolution: tuple[int, int] | None = None,
     ) -> Tensor | None:
-        return _sum(_relative(block.relative_position_bias, block.patch_size, interpolate_pos_encoding, resolution), attention_mask)
+        relative = _relative(block.relative_position_bias, block.patch_size, interpolate_pos_encoding, resolution)
+        return ops.summed(relative, attention_mask)
 
     @arguments.register(layer)
     def _(block: Any, patches: Tensor) -> dict[str, Any]:
@@ -205,7 +207,7 @@ def _register_beit(layer: type) -> None:
 
 
 def _register_data2vec(layer: type) -> None:
-    """A layer whose attention, nested in another module, adds its relative positions by itself."""
+    """A nested layer whose attention adds its relative positions by itself, and whose output module leaves the residual to it."""
 
     def own(block: Any) -> Any:
         return getattr(block.attention.attention, "relative_position_bias", None)
@@ -221,14 +223,6 @@ def _register_data2vec(layer: type) -> None:
         y = block.output(block.intermediate(block.layernorm_after(x)))
         return block.drop_path(y if block.lambda_2 is None else block.lambda_2 * y) + x
 
-    @attention.register(layer)
-    def _(block: Any, x: Tensor) -> Attention:
-        return _attention(block.attention.attention, output(block.layernorm_before, x))
-
-    @projections.register(layer)
-    def _(block: Any) -> tuple[nn.Module, ...]:
-        return block.layernorm_before, *_linears(block.attention.attention)
-
     @pairs.register(layer)
     def _(
         block: Any,
@@ -237,7 +231,7 @@ def _register_data2vec(layer: type) -> None:
         resolution: tuple[int, int] | None = None,
     ) -> Tensor | None:
         side = block.attention.attention.config.patch_size
-        return _sum(_relative(own(block), side, interpolate_pos_encoding, resolution), relative_position_bias)
+        return ops.summed(_relative(own(block), side, interpolate_pos_encoding, resolution), relative_position_bias)
 
     @arguments.register(layer)
     def _(block: Any, patches: Tensor) -> dict[str, Any]:
@@ -268,10 +262,6 @@ def _resolution(own: Any, patch: int) -> tuple[int, int]:
 
 def _area(own: Any) -> int:
     return 6 if own is None else own.window_size[0] * own.window_size[1]
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b
 
 
 def _require_additive(attn: Any) -> None:

@@ -114,7 +114,9 @@ def squeeze_prompt(
             f"there is no image in the prompt: it has {', '.join(inputs)}; give what the processor returned for text and images, "
             "or call the model itself"
         )
-    seen = _encoded(model, base, arguments, inputs, scores)
+    mask = torch.ones_like(ids) if inputs.get("attention_mask") is None else inputs["attention_mask"]
+    rule = host.positions(base, {**inputs, "attention_mask": mask})
+    seen = _encoded(model, base, arguments, ids, scores, None if rule is None else rule[0][-1])
     stays, new, images = torch.ones_like(ids, dtype=torch.bool), {}, list[ImageTokens]()
     for one, given in seen:
         groups, told = _squeezed(base, one, given, budget, fuse)
@@ -122,7 +124,11 @@ def squeeze_prompt(
         left = [torch.zeros(g.n, dtype=torch.bool, device=ids.device).scatter(0, g.kept, True) for g in groups]
         stays = stays.masked_scatter(one.placeholders, torch.cat(left))
         images += told
-    return _cut(model, base, inputs, ids, stays, new, tuple(images), places)
+    own = inputs.get("position_ids")
+    positions, later = (own, None) if own is not None else _positions(rule, mask, stays, places)
+    if later is not None:
+        base.rope_deltas = later
+    return _cut(model, base, inputs, mask, positions, stays, new, tuple(images))
 
 
 def _check_choices(scores: object, places: object) -> None:
@@ -135,11 +141,18 @@ def _check_choices(scores: object, places: object) -> None:
 
 
 def _encoded(
-    model: nn.Module, base: Any, arguments: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Any], scores: Scores
+    model: nn.Module,
+    base: Any,
+    arguments: Mapping[str, Mapping[str, Any]],
+    ids: Tensor,
+    scores: Scores,
+    across: Tensor | None,
 ) -> list[tuple[Seen, list[Tensor]]]:
-    """What the encoders see in the images and in the videos, and the score of each of their features."""
-    first, ids = 0, inputs["input_ids"]
-    across = _across(base, inputs) if scores == "even" else None
+    """What the encoders see in the images and in the videos, and the score of each of their features.
+
+    across: the prompt's positions in width, [B, T], where the host has such.
+    """
+    first = 0
     found: list[tuple[Seen, list[Tensor]]] = []
     for modality, given in arguments.items():
         with Watch(base) if scores == "tower" else nullcontext() as watch:
@@ -148,14 +161,6 @@ def _encoded(
         found.append((seen, _scored(base, seen, scores, watch, across)))
         first += sum(map(len, seen.images))
     return found
-
-
-def _across(base: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Positions in width of the whole prompt, [B, T], where the host has such."""
-    given = inputs.get("attention_mask")
-    mask = torch.ones_like(inputs["input_ids"]) if given is None else given
-    found = host.positions(base, {**inputs, "attention_mask": mask})
-    return None if found is None else found[0][-1]
 
 
 @torch.no_grad()
@@ -207,16 +212,14 @@ def _cut(
     model: Any,
     base: Any,
     inputs: Mapping[str, Any],
-    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor | None,
     stays: Tensor,
     encoded: dict[str, Any],
     images: tuple[ImageTokens, ...],
-    places: Places,
 ) -> Prompt:
     """The prompt without the places that do not stay, padded where it was padded, on the left where it was not."""
-    given = inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if given is None else given
-    positions, later = _positions(base, {**inputs, "attention_mask": mask}, mask, stays, places)
+    ids = inputs["input_ids"]
     rest = {name: value for name, value in inputs.items() if name not in host.encoder_names(base)}
     whole = bool(stays.all())
     frame = Frame.of(mask, stays)
@@ -228,24 +231,23 @@ def _cut(
         for name, value in rest.items()
         if name != "position_ids"
     }
-    if not whole and given is None and frame.pads:
+    if not whole and inputs.get("attention_mask") is None and frame.pads:
         out["attention_mask"] = frame.cut(mask, 0)
     if positions is not None:
         out["position_ids"] = positions if whole else frame.cut(positions, 0)
-    if later is not None:
-        base.rope_deltas = later
     return Prompt({**out, HOOK: encoded}, ids, stays & _inside(mask), images)
 
 
 def _positions(
-    base: Any, inputs: Mapping[str, Any], mask: Tensor, stays: Tensor, places: Places
+    rule: tuple[Tensor, Tensor] | None, mask: Tensor, stays: Tensor, places: Places
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Positions of the whole prompt, [B, T] or [3, B, T], and the host's `rope_deltas` [B, 1], each where the host must be told."""
-    if inputs.get("position_ids") is not None:
-        return inputs["position_ids"], None
+    """Positions of the whole prompt, [B, T] or [3, B, T], and the host's `rope_deltas` [B, 1], each where the host must be told.
+
+    rule: both by the host's own rule, where it has one.
+    """
     attended = mask.long()
-    if (found := host.positions(base, inputs)) is not None:
-        grid, later = found
+    if rule is not None:
+        grid, later = rule
         return grid, later + (attended * ~stays).sum(dim=1, keepdim=True).to(later)
     told = places == "original" and not bool(stays.all())
     return ((attended.cumsum(dim=1) - 1).clamp(min=0) if told else None), None
