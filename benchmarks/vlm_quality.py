@@ -144,13 +144,15 @@ def reduced(model: Any, method: str, inputs: dict[str, Tensor], weight: Tensor, 
     scores = {
         "even": "even",
         "redundancy": "redundancy",
+        "question": "question",
         "attention": lambda x, image: weight[image.number],
         "chance": lambda x, image: torch.rand(len(x), generator=torch.Generator().manual_seed(image.number)),
     }[what]
     return sv.squeeze_prompt(model, inputs, tokens=budget, fuse=name == "squeeze", scores=scores, places=places)
 
 
-METHODS = (*(f"{how} by {what}" for what in ("even", "redundancy", "attention", "chance") for how in ("squeeze", "prune")), "pool")
+SCORES = ("even", "redundancy", "attention", "question", "chance")
+METHODS = (*(f"{how} by {what}" for what in SCORES for how in ("squeeze", "prune")), "pool")
 
 
 @torch.inference_mode()

@@ -1,20 +1,25 @@
 """Vision-language models with fewer image tokens: equal where nothing leaves, and to an oracle that masks where something does."""
 
+import json
 import math
 from functools import cache
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
+import tokenizers
 import torch
 import transformers as hf
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import squeezevit as sv
 import vlm_zoo
+from squeezevit.cli import main
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
 from squeezevit.report import prompt as drawing
-from squeezevit.report.overlay import figure
+from squeezevit.report.overlay import panels
 from squeezevit.vlm import Image, Prompt
 from squeezevit.vlm.groups import even
 from squeezevit.vlm.host import columns
@@ -648,6 +653,39 @@ def test_twins_leave_first(scores):
     assert image.groups[:32].tolist() == image.groups[32:].tolist()
 
 
+@every_host
+def test_scores_by_the_question_are_attention_of_the_language_model(name):
+    """The oracle asks transformers itself for the attention of the whole prompt."""
+    model, inputs = host(name), vlm_zoo.prompt(name, ROWS)
+    asked = sv.squeeze_prompt(model, inputs, keep=0.5, scores="question")
+    before = model.config.get_text_config()._attn_implementation
+    seen: list[Tensor] = []
+    layer = [x for x in model.get_decoder().layers if hasattr(x, "self_attn")][-1]  # of two: the one that is meant
+    handle = layer.self_attn.register_forward_hook(lambda module, args, out: seen.append(out[1]))
+    model.set_attn_implementation("eager")
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+        model.set_attn_implementation(before)
+    words = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+    for image in asked.images:
+        received = seen[0][image.row].mean(dim=0)[words[image.row]].sum(dim=0)[image.places]
+        torch.testing.assert_close(image.scores, received, rtol=1e-5, atol=1e-6)
+    assert model.config.get_text_config()._attn_implementation == before
+    other = {**inputs, "input_ids": torch.where(inputs["input_ids"] == 8, 77, inputs["input_ids"])}
+    scores = sv.squeeze_prompt(model, other, keep=0.5, scores="question").images[0].scores
+    assert not torch.equal(scores, asked.images[0].scores)  # another question, other scores
+
+
+def test_a_question_must_come_after_the_image():
+    model, inputs = host("llava"), vlm_zoo.prompt("llava")
+    n = int((inputs["input_ids"][0] == IMAGE).nonzero()[-1]) + 1
+    cut = {**inputs, "input_ids": inputs["input_ids"][:, :n], "attention_mask": inputs["attention_mask"][:, :n]}
+    with bad("no word comes after image 0 of the prompt"):
+        sv.squeeze_prompt(model, cut, scores="question")
+
+
 # both ends
 
 
@@ -673,6 +711,45 @@ def test_both_ends(reducer):
     sv.restore_(tower)
 
 
+@pytest.mark.parametrize("name", [name for name in HOSTS if not name.startswith(("qwen", "glm", "mistral", "pixtral"))])
+def test_one_budget_for_both_ends(name):
+    model, inputs = vlm_zoo.model(name), vlm_zoo.prompt(name)
+    dense = model(**inputs).logits
+    vlm = sv.reduce_vlm_(model, keep=0.25)
+    with sv.trace(model.base_model) as t:
+        prompt = vlm.squeeze(inputs)
+    n0, left = t.stages[0].n, t.stages[-1].n_out
+    assert len(t.stages) == 4 and n0 / 4 <= left <= n0 / 4 + 3  # each stage rounds up
+    for image in prompt.images:
+        n = int((~image.separators).sum())
+        assert len(image.kept) == math.ceil(n / 4) + int(image.separators.sum())
+    assert vlm.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 4
+    sv.restore_(model.base_model)
+    assert torch.equal(model(**inputs).logits, dense)
+
+
+def test_both_ends_keep_all_where_the_budget_is_all():
+    model, inputs = vlm_zoo.model("llava"), vlm_zoo.prompt("llava", ROWS)
+    dense = model(**inputs).logits
+    assert torch.equal(sv.reduce_vlm_(model, keep=1.0)(**inputs).logits, dense)
+
+
+def test_one_budget_is_refused_before_the_tower_is_reduced():
+    model = host("llava")
+    for match, options in {
+        "tokens=9: both ends share one budget": {"tokens": 9},
+        "'tome' has no keep ratio": {"method": "tome"},
+        'scores="tower": the tower is itself reduced': {"scores": "tower"},
+        "keep=2 is not a share": {"keep": 2},
+        "scores='loud' is unknown": {"scores": "loud"},
+    }.items():
+        with bad(match):
+            sv.reduce_vlm_(model, **options)
+    assert not any("squeezevit_state" in vars(m) for m in model.modules())
+    with bad("0 vision towers that SqueezeViT knows", UnsupportedError):
+        sv.reduce_vlm_(host("qwen2-vl"))
+
+
 # what it looks like
 
 
@@ -684,7 +761,7 @@ def test_a_prompt_is_drawn(monkeypatch):
         prompt = sv.squeeze_prompt(model, inputs, tokens=9)
     photo = np.full((64, 64, 3), 99, dtype=np.uint8)
     drawn = []
-    monkeypatch.setattr(drawing, "figure", lambda *args: drawn.append(args) or figure(*args))
+    monkeypatch.setattr(drawing, "panels", lambda *args: drawn.append(args) or panels(*args))
     picture = drawing.draw_prompt(photo, prompt.images[2], tower=t, index=2)
     ((_, stages, _),) = drawn
     assert [stage.caption for stage in stages] == [
@@ -702,6 +779,56 @@ def test_a_prompt_is_drawn(monkeypatch):
         drawing.draw_prompt(photo, sv.squeeze_prompt(host("gemma3"), vlm_zoo.prompt("gemma3")).images[0], tower=t)
     with bad("336 features, 16 of them separators", DataError):
         drawing.draw_prompt(photo, sv.squeeze_prompt(host("llava-next"), vlm_zoo.prompt("llava-next")).images[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A vision-language model with its processor, as a hub has them."""
+    path = tmp_path_factory.mktemp("llava")
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "what", "is", "there", "?"]
+    tokenizer = Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<image>"], pad_token="<pad>")
+    pixels = hf.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    made = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    hf.LlavaProcessor(pixels, fast, **made).save_pretrained(path)
+    config = {"vision_config": hf.CLIPVisionConfig(**vlm_zoo.TOWER), "text_config": hf.LlamaConfig(**vlm_zoo.WIDE)}
+    hf.LlavaForConditionalGeneration(hf.LlavaConfig(**config, image_token_index=4)).save_pretrained(path)
+    PIL.Image.effect_noise((90, 70), 90).convert("RGB").save(path / "photo.png")
+    return path
+
+
+def shown(capsys, *argv: object) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in ("show", *argv)])
+    said = capsys.readouterr()
+    return int(stop.value.code or 0), " ".join((said.out + said.err).split())
+
+
+@pytest.mark.parametrize(("method", "count"), [((), 1), (("--method", "etps"), 4)])
+def test_show_draws_a_prompt(method, count, folder, tmp_path, capsys):
+    model = ("--model", f"hf:{folder}", "--pretrained", "--question", "what is there ?", "--keep", 0.25)
+    photo, moving = folder / "photo.png", tmp_path / "steps.gif"
+    code, said = shown(capsys, photo, *model, *method, "--out", tmp_path, "--json", tmp_path / "s.json", "--animate", moving)
+    assert code == 0, said
+    (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert row["grid"] == [8, 8] and len(row["stages"]) == count and row["stages"][-1] == "prompt: 16 image tokens, 48 pruned"
+    inside = "eTPS in the tower, " if method else ""
+    assert row["title"] == inside + "16 of 64 image tokens in the prompt, 20 tokens instead of 68"
+    with PIL.Image.open(row["file"]) as drawing, PIL.Image.open(moving) as frames:
+        assert drawing.width > 800 and len(drawing.convert("RGB").getcolors(10**6)) > 20 and frames.n_frames == count + 1
+
+
+def test_what_show_cannot_ask_is_refused(folder, capsys):
+    asked = (folder / "photo.png", "--question", "what ?")
+    for argv, message in {
+        ("--model", "vit_tiny_patch16_224"): "name it, as --model hf:NAME, not vit_tiny_patch16_224",
+        ("--model", f"hf:{folder}", "--macs", 0.5, "--at", "1"): "leave --at, --macs out",
+        ("--model", f"hf:{folder}", "--keep", "0.5,0.2"): "a prompt has one share of its image tokens; give one number",
+        ("--model", f"hf:{folder / 'no'}"): "cannot be built",
+    }.items():
+        code, said = shown(capsys, *asked, *argv)
+        assert code == 2 and message in said, said
 
 
 # bad input

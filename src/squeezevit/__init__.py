@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from squeezevit.bundle import load, save
     from squeezevit.checkpoint import from_pretrained, load_checkpoint_
     from squeezevit.export.job import export
-    from squeezevit.vlm import VLM, squeeze_prompt
+    from squeezevit.vlm import VLM, reduce_vlm_, squeeze_prompt
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "pool",
     "preset",
     "reduce_",
+    "reduce_vlm_",
     "restore_",
     "save",
     "squeeze_prompt",
@@ -60,6 +61,7 @@ _WHEN_ASKED = {  # what not every program that reduces a model needs is imported
     "load": "squeezevit.bundle",
     "save": "squeezevit.bundle",
     "VLM": "squeezevit.vlm",
+    "reduce_vlm_": "squeezevit.vlm",
     "squeeze_prompt": "squeezevit.vlm",
 }
 

@@ -279,6 +279,7 @@ def show(
     upright: options.Upright = True,
     style: options.DrawingStyle = "mean",
     animate: options.Animation = None,
+    question: options.Question = None,
     out: options.Drawings = Path(),
     json_file: options.Json = None,
 ) -> None:
@@ -297,10 +298,18 @@ def show(
         inputs.make_folder(animate.parent, "--animate")
     photographs = inputs.photographs(images)
     wanted = inputs.Wanted(source, model, pretrained, checkpoint, method, keep, at, macs, latency, usual=("etps", "0.5"))
-    ready = inputs.ready(wanted)
-    reducer, suffix = ready.reducer, ready.method.replace("+", "-").lower()
+    drawer: Callable[[Any], Any]
+    if question is None:
+        ready = inputs.ready(wanted)
+        reducer, suffix = str(ready.reducer), ready.method.replace("+", "-").lower()
+        drawer = partial(draw, ready.net, ready.reducer, image_size=image_size, style=cast(Any, style))
+    else:
+        from squeezevit.report.prompt import draw_vlm
+
+        vlm, processor = inputs.vision_language(wanted)
+        reducer, suffix = f"prompt of {model}", "prompt"
+        drawer = partial(draw_vlm, vlm, processor, question=question, style=cast(Any, style))
     inputs.make_folder(out)
-    drawer = partial(draw, ready.net, reducer, image_size=image_size, style=cast(Any, style))
     rows, failed = _drawn(drawer, photographs, upright, out, suffix, animate)
     if not rows:
         raise DataError(f"none of {len(photographs)} photographs could be drawn: {failed[0]}")
@@ -308,10 +317,10 @@ def show(
     screen.table(
         [(r["image"], "{} x {}".format(*r["grid"]), "\n".join(r["stages"]), "\n".join(_files(r))) for r in rows],
         ("photograph", "patches", "stages", "drawing"),
-        title=str(reducer),
+        title=reducer,
         caption="\n".join(dict.fromkeys(r["title"] for r in rows)),
     )
-    inputs.write_json(json_file, {"reducer": repr(reducer), "rows": rows, "unreadable": failed})
+    inputs.write_json(json_file, {"reducer": reducer, "rows": rows, "unreadable": failed})
 
 
 @app.command(cls=options.Command)

@@ -148,6 +148,30 @@ def ready(wanted: Wanted) -> Ready:
     return _from_names(wanted) if wanted.source is None else _from_bundle(wanted, wanted.source)
 
 
+def vision_language(wanted: Wanted) -> tuple[Any, Any]:
+    """A vision-language model with fewer image tokens, and its processor; its tower is reduced, too, where a method is named."""
+    from squeezevit import VLM, reduce_vlm_
+    from squeezevit.data import libraries
+
+    given = {"--from": wanted.source, "--checkpoint": wanted.checkpoint, "--at": wanted.at, "--macs": wanted.macs}
+    given |= {"--time": wanted.latency}
+    if wrong := [option for option, value in given.items() if value is not None]:
+        raise ConfigError(
+            f"--question asks a vision-language model, which takes --model, --keep and --method; leave {', '.join(wrong)} out"
+        )
+    if wanted.model is None or libraries.prefix_of(wanted.model) != "hf":
+        raise ConfigError(
+            f"--question asks a vision-language model of transformers: name it, as --model hf:NAME, not {wanted.model}"
+        )
+    keep = options.one_or_each(wanted.keep or wanted.usual[1])
+    if isinstance(keep, tuple):
+        raise ConfigError(f"--keep {wanted.keep}: a prompt has one share of its image tokens; give one number")
+    if not wanted.pretrained:
+        screen.note(f"without --pretrained the weights of {wanted.model} are random")
+    net, processor = libraries.vision_language(wanted.model, wanted.pretrained)
+    return (VLM(net, keep) if wanted.method is None else reduce_vlm_(net, keep, method=method_named(wanted.method).name)), processor
+
+
 def _from_bundle(wanted: Wanted, source: Path) -> Ready:
     from squeezevit.core.attach import reduce_as_needed_
 

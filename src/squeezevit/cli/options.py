@@ -210,6 +210,13 @@ ShorterSide = Annotated[int, typer.Option(help="Pixels of the shorter side, roun
 DrawingStyle = Annotated[
     str, typer.Option("--style", metavar="mean|outlines", help="Groups in their mean colours, or outlined with their hosts.")
 ]
+Question = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="For --model hf:NAME, a vision-language model: draw the image tokens of this prompt; with --method its tower's, too.",
+    ),
+]
 Animation = Annotated[
     Path | None,
     typer.Option(

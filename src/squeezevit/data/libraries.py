@@ -21,6 +21,16 @@ def prefix_of(name: str) -> str | None:
     return library if colon and library in _BUILDERS else None
 
 
+def vision_language(name: str, pretrained: bool) -> tuple[nn.Module, Any]:
+    """A vision-language model of transformers and its processor, by the hub's name or a folder's, as "hf:NAME".
+
+    Raises ConfigError where it is none, or cannot be fetched; MissingExtraError without transformers.
+    """
+    found = _built(name, lambda own: _language(own, pretrained))
+    found[0].eval()
+    return found
+
+
 def create(name: str, pretrained: bool, options: Mapping[str, Any]) -> Found:
     """A model by its library and name, in evaluation mode. options: num_classes, img_size, where the library takes them.
 
@@ -29,9 +39,16 @@ def create(name: str, pretrained: bool, options: Mapping[str, Any]) -> Found:
     >>> create("torchvision:vit_b_16", False, {}).preparing.crop_size  # doctest: +SKIP
     [224]
     """
+    found = _built(name, lambda own: _BUILDERS[name.partition(":")[0]](own, pretrained, dict(options)))
+    found.model.eval()
+    return found
+
+
+def _built(name: str, build: Callable[[str], Any]) -> Any:
+    """What a library builds of a name without its prefix, or why it does not."""
     library, _, own = name.partition(":")
     try:
-        found = _BUILDERS[library](own, pretrained, dict(options))
+        return build(own)
     except ConfigError:
         raise
     except ImportError as error:
@@ -40,8 +57,15 @@ def create(name: str, pretrained: bool, options: Mapping[str, Any]) -> Found:
     except Exception as error:  # whatever a library or its hub stumbles over
         first = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise ConfigError(f"--model {name} cannot be built ({first}); check the name, the options, and the network") from error
-    found.model.eval()
-    return found
+
+
+def _language(name: str, pretrained: bool) -> tuple[nn.Module, Any]:
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(name)
+    if pretrained:
+        return AutoModelForImageTextToText.from_pretrained(name), processor
+    return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name)), processor
 
 
 def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> Found:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from squeezevit.errors import ConfigError
 from squeezevit.vlm import host
 from squeezevit.vlm.groups import Budget, Groups, even, group, join, redundancy
 from squeezevit.vlm.host import HOOK, Image, Seen
+from squeezevit.vlm.question import Asked
 from squeezevit.vlm.tower import Watch
 
-Scores = Literal["even", "redundancy", "tower"] | Callable[[Tensor, Image], Tensor]
+NAMED = ("even", "redundancy", "tower", "question")
+Scores = Literal["even", "redundancy", "tower", "question"] | Callable[[Tensor, Image], Tensor]
 Places = Literal["compact", "original"]
 
 
@@ -29,6 +31,7 @@ class ImageTokens:
     groups: Tensor  # [N] int64, for each the left one it ended in, 0 to K - 1; -1 where it was dropped
     scores: Tensor  # [N] float32, by which they were chosen
     separators: Tensor  # [N] bool, marks of a line's end or of a view's, which always stay
+    columns: int | None  # how many of those that are no separators a line of the image has; None where nothing tells
 
     @property
     def sizes(self) -> Tensor:
@@ -91,7 +94,8 @@ def squeeze_prompt(
     fuse: False drops the others, for comparison.
     scores: "even", evenly over the image, whatever it shows; "redundancy", how little of a token others already say; "tower", the
     attention of the vision tower's last block, of its class token or received from all patches, for towers that SqueezeViT knows;
-    or a function (features [N, C], `Image`) -> [N].
+    "question", the attention that the words behind an image give it in an early layer of the language model, whose layers up to
+    that one run on the whole prompt for it; or a function (features [N, C], `Image`) -> [N].
     places: of models that count positions one by one, "original" as in the whole prompt, "compact" as the host counts the shorter
     one. Models with positions in time, height and width always have those of the whole prompt, and what they keep for the tokens to
     come (`rope_deltas`) is set as their own forward would set it.
@@ -104,7 +108,7 @@ def squeeze_prompt(
     >>> model.generate(**prompt)[:, prompt["input_ids"].shape[1] :]  # doctest: +SKIP
     """
     budget = Budget(0.5 if keep is None and tokens is None else keep, tokens)
-    _check_choices(scores, places)
+    check_choices(scores, places)
     if isinstance(inputs, Prompt):
         raise ConfigError(f"{inputs!r} is squeezed already; give what the processor returned")
     base, ids = host.base_of(model), host.require_plain(inputs)
@@ -116,10 +120,18 @@ def squeeze_prompt(
         )
     mask = torch.ones_like(ids) if inputs.get("attention_mask") is None else inputs["attention_mask"]
     rule = host.positions(base, {**inputs, "attention_mask": mask})
-    seen = _encoded(model, base, arguments, ids, scores, None if rule is None else rule[0][-1])
+    seen, watched = _encoded(model, base, arguments, ids, scores)
+    across = None if rule is None else rule[0][-1]
+    parts = [_parts(base, one, across) for one in seen]
+    if scores == "question":
+        places_of = {} if rule is None else {"position_ids": rule[0]}
+        whole = {**places_of, **inputs, "attention_mask": mask}
+        rated = _asked(Asked(model, base, whole, {one.modality: host.copy_of(one.output) for one in seen}), seen)
+    else:
+        rated = [_scored(those, scores, watch) for those, watch in zip(parts, watched, strict=True)]
     stays, new, images = torch.ones_like(ids, dtype=torch.bool), {}, list[ImageTokens]()
-    for one, given in seen:
-        groups, told = _squeezed(base, one, given, budget, fuse)
+    for one, those, given in zip(seen, parts, rated, strict=True):
+        groups, told = _squeezed(one, those, given, budget, fuse)
         new[one.modality] = host.with_features(one.output, [g.apply(x) for g, x in zip(groups, one.features, strict=True)], groups)
         left = [torch.zeros(g.n, dtype=torch.bool, device=ids.device).scatter(0, g.kept, True) for g in groups]
         stays = stays.masked_scatter(one.placeholders, torch.cat(left))
@@ -131,49 +143,70 @@ def squeeze_prompt(
     return _cut(model, base, inputs, mask, positions, stays, new, tuple(images))
 
 
-def _check_choices(scores: object, places: object) -> None:
-    if not callable(scores) and scores not in ("even", "redundancy", "tower"):
-        raise ConfigError(
-            f"scores={scores!r} is unknown; give 'even', 'redundancy', 'tower' or a function (features [N, C], image) -> [N]"
-        )
+def check_choices(scores: object, places: object) -> None:
+    """Raises ConfigError on scores and places that there are not."""
+    if not callable(scores) and scores not in NAMED:
+        known = ", ".join(map(repr, NAMED))
+        raise ConfigError(f"scores={scores!r} is unknown; give one of {known} or a function (features [N, C], image) -> [N]")
     if places not in ("compact", "original"):
         raise ConfigError(f"places={places!r} is unknown; give 'compact' or 'original'")
 
 
 def _encoded(
-    model: nn.Module,
-    base: Any,
-    arguments: Mapping[str, Mapping[str, Any]],
-    ids: Tensor,
-    scores: Scores,
-    across: Tensor | None,
-) -> list[tuple[Seen, list[Tensor]]]:
-    """What the encoders see in the images and in the videos, and the score of each of their features.
-
-    across: the prompt's positions in width, [B, T], where the host has such.
-    """
+    model: nn.Module, base: Any, arguments: Mapping[str, Mapping[str, Any]], ids: Tensor, scores: Scores
+) -> tuple[list[Seen], list[Watch | None]]:
+    """What the encoders see in the images and in the videos, and what was watched of their towers."""
     first = 0
-    found: list[tuple[Seen, list[Tensor]]] = []
+    found: list[Seen] = []
+    watched: list[Watch | None] = []
     for modality, given in arguments.items():
         with Watch(base) if scores == "tower" else nullcontext() as watch:
             output = host.encode(base, modality, given)
-        seen = host.placed(getattr(model, "config", None), modality, output, ids, len(arguments) == 1, first)
-        found.append((seen, _scored(base, seen, scores, watch, across)))
-        first += sum(map(len, seen.images))
+        found.append(host.placed(getattr(model, "config", None), modality, output, ids, len(arguments) == 1, first))
+        watched.append(watch)
+        first += sum(map(len, found[-1].images))
+    return found, watched
+
+
+def _asked(asked: Asked, seen: list[Seen]) -> list[list[Tensor]]:
+    """A score for each feature of each image, by what the words look at: [N] float32."""
+    placeholders = torch.stack([one.placeholders for one in seen]).any(dim=0)
+    images = [[image for images in one.images for image in images] for one in seen]
+    rated = iter(asked.scores(placeholders, [image for those in images for image in those]))
+    return [[next(rated) for _ in those] for those in images]
+
+
+class Part(NamedTuple):
+    """The features of one image, also where the encoder put several images into one."""
+
+    x: Tensor  # [N, C]
+    image: Image
+    marks: Tensor  # [N] bool, separators
+    columns: int | None
+
+
+@torch.no_grad()
+def _parts(base: Any, seen: Seen, across: Tensor | None) -> list[Part]:
+    """across: the prompt's positions in width, [B, T], where the host has such."""
+    found: list[Part] = []
+    for x, images in zip(seen.features, seen.images, strict=True):
+        pieces = x.split([len(image.places) for image in images]) if images else ()
+        for piece, image in zip(pieces, images, strict=True):
+            marks = host.separators(base, piece)
+            found.append(Part(piece, image, marks, host.columns(image, marks, across)))
     return found
 
 
 @torch.no_grad()
-def _scored(base: Any, seen: Seen, scores: Scores, watch: Watch | None, across: Tensor | None) -> list[Tensor]:
+def _scored(parts: list[Part], scores: Scores, watch: Watch | None) -> list[Tensor]:
     """A score for each feature of each image: [N] float32."""
-    parts = _parts(seen)
     if watch is not None:
-        return watch.scores([len(x) for x, _ in parts])
+        return watch.scores([len(part.x) for part in parts])
     if scores == "even":
-        return [even(x, marks := host.separators(base, x), host.columns(image, marks, across)) for x, image in parts]
+        return [even(part.x, part.marks, part.columns) for part in parts]
     if not callable(scores):
-        return [redundancy(x) for x, _ in parts]
-    return [_checked(scores(x, image), x, image) for x, image in parts]
+        return [redundancy(part.x) for part in parts]
+    return [_checked(scores(part.x, part.image), part.x, part.image) for part in parts]
 
 
 def _checked(scores: Any, x: Tensor, image: Image) -> Tensor:
@@ -187,23 +220,14 @@ def _checked(scores: Any, x: Tensor, image: Image) -> Tensor:
     return scores.float()
 
 
-def _parts(seen: Seen) -> list[tuple[Tensor, Image]]:
-    """The features of each image, also where the encoder put several images into one."""
-    found: list[tuple[Tensor, Image]] = []
-    for x, images in zip(seen.features, seen.images, strict=True):
-        found += zip(x.split([len(image.places) for image in images]), images, strict=True) if images else ()
-    return found
-
-
 def _squeezed(
-    base: nn.Module, seen: Seen, scores: list[Tensor], budget: Budget, fuse: bool
+    seen: Seen, parts: list[Part], scores: list[Tensor], budget: Budget, fuse: bool
 ) -> tuple[list[Groups], list[ImageTokens]]:
     """Groups of each of the encoder's features, and what became of each image."""
     made, told = [], []
-    for (x, image), score in zip(_parts(seen), scores, strict=True):
-        marks = host.separators(base, x)
-        made.append(group(x, budget.count(int((~marks).sum())), score, marks, fuse))
-        told.append(ImageTokens(image.modality, image.row, image.places, made[-1].kept, made[-1].destinations, score, marks))
+    for (x, image, marks, columns), score in zip(parts, scores, strict=True):
+        made.append(g := group(x, budget.count(int((~marks).sum())), score, marks, fuse))
+        told.append(ImageTokens(image.modality, image.row, image.places, g.kept, g.destinations, score, marks, columns))
     left = iter(made)
     return [join([next(left) for _ in images]) for images in seen.images], told
 

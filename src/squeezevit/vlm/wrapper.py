@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from squeezevit.errors import ConfigError
 from squeezevit.vlm import host
 from squeezevit.vlm.groups import Budget
-from squeezevit.vlm.prompt import Places, Prompt, Scores, squeeze_prompt
+from squeezevit.vlm.prompt import Places, Prompt, Scores, check_choices, squeeze_prompt
 
 _TURN = "squeezevit_turn"  # where a cache says what prompt it holds
 
@@ -51,6 +51,7 @@ class VLM(nn.Module):
     ) -> None:
         super().__init__()
         Budget(0.5 if keep is None and tokens is None else keep, tokens)
+        check_choices(scores, places)
         host.base_of(model)
         self.model: Any = model
         self.settings: dict[str, Any] = {"keep": keep, "tokens": tokens, "fuse": fuse, "scores": scores, "places": places}
