@@ -356,10 +356,12 @@ def test_the_table_of_the_demo_is_of_its_file():
 def test_the_tables_of_the_vision_language_page_are_of_their_files():
     page, cost, quality = ROOT / "docs" / "vlm.md", results("vlm")["rows"], results("vlm_quality")["rows"]
     for cells, row in zip(table(page, "| keep | method | prompt"), cost, strict=True):
-        shares = [f"{row[name]:.{digits}f}" for name, digits in (("prefill_share_best", 3), ("of_predicted_best", 2))]
-        assert cells[:3] == [f"{row['keep']:g}", row["what"], str(row["tokens"])] and cells[4:6] == shares
-        assert cells[3] == f"{row['prefill_seconds_best']:.2f} s" and cells[7] == f"{row['cache_bytes'] / 2**20:.2f} MiB"
-        assert cells[6] == f"{1e3 * row['squeeze_seconds_best']:.0f} ms" and cells[8] == f"{row['tokens_per_second_best']:.1f}"
+        shares = [
+            f"{row[name]:.{digits}f}" for name, digits in (("prefill_share_best", 3), ("of_predicted_best", 2), ("of_text_best", 2))
+        ]
+        assert cells[:3] == [f"{row['keep']:g}", row["what"], str(row["tokens"])] and cells[4:7] == shares
+        assert cells[3] == f"{row['prefill_seconds_best']:.2f} s" and cells[8] == f"{row['cache_bytes'] / 2**20:.2f} MiB"
+        assert cells[7] == f"{1e3 * row['squeeze_seconds_best']:.0f} ms" and cells[9] == f"{row['tokens_per_second_best']:.1f}"
     found = table(page, "| method, places")
     for name, *cells in found:
         rows = [row for row in quality if f"{row['what']}, {row['places']}" == name]

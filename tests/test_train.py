@@ -17,10 +17,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 import squeezevit as sv
+from squeezevit.bundle import read_card
 from squeezevit.checkpoint import save_checkpoint
 from squeezevit.cli import main
 from squeezevit.core.attach import state_of
@@ -1012,6 +1014,19 @@ def test_the_command_trains_prints_and_explains(photos, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "Best top-1" in out and "epoch 1/1" in err
     assert run(*options) == 2 and "--resume" in capsys.readouterr().err
+    again = ["--from", tmp_path, "--data", photos, "--out", tmp_path / "again"]
+    assert run(*again, "--epochs", 1, "--set", "data.workers=0", "--set", "batch_size=4") == 0  # goes on from its best/
+    first, second = (read_card(folder / "best") for folder in (tmp_path, tmp_path / "again"))
+    assert (first.host, first.reducer, first.preprocessing) == (second.host, second.reducer, second.preprocessing)
+    capsys.readouterr()
+    assert run(*again, "--method", "topk", "--keep", 0.6, "--print-config") == 0
+    said = yaml.safe_load(capsys.readouterr().out)
+    assert said["reducer"]["method"] == "topk" and said["model"]["checkpoint"] == str(tmp_path / "best/model.safetensors")
+    for wrong, message in {
+        ("--from", tmp_path, "--model", "vit_tiny_patch16_224"): "leave model.name out",
+        ("--from", tmp_path / "last" / "nothing"): "is no bundle",
+    }.items():
+        assert run(*wrong, "--data", photos, "--out", tmp_path / "no") == 2 and message in " ".join(capsys.readouterr().err.split())
     assert run("--recipe", "dtps-deit-small", "--keep", "0.7,0.6,0.5", "--print-config") == 0
     text = capsys.readouterr().out
     (tmp_path / "mine.yaml").write_text(text)

@@ -227,6 +227,7 @@ def bench(
 @options.configured
 def train(
     values: dict[str, Any],
+    bundle: options.Source = None,
     recipe: options.Recipe = None,
     resume: options.Resume = False,
     settings: options.Settings = None,
@@ -235,13 +236,17 @@ def train(
     """Fine-tune a model with reduced tokens on a folder of images, on one process or under torchrun or accelerate launch.
 
     Ctrl-C or SIGTERM writes a checkpoint and exits with 130 or 143; the same command with --resume goes on from there.
-    A checkpoint of other classes: --set model.new_head=true.
+    A checkpoint of other classes: --set model.new_head=true. --from goes on from a bundle of one of timm's models.
     """
     from squeezevit.train.config import load_config, to_yaml
 
     source: str | Path | None = recipe
     if resume and recipe is None and "out" in values and (Path(values["out"]) / "config.yaml").is_file():
         source = Path(values["out"]) / "config.yaml"
+    if bundle is not None:
+        from squeezevit.train.start import from_bundle
+
+        values = {**from_bundle(bundle, values), **{name: value for name, value in values.items() if value is not None}}
     config = load_config(source, values, settings or ())
     if print_config:
         screen.verbatim(to_yaml(config))
