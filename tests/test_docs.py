@@ -367,7 +367,7 @@ def test_the_tables_of_the_vision_language_page_are_of_their_files():
         rows = [row for row in quality if f"{row['what']}, {row['places']}" == name]
         rows.sort(key=lambda row: -row["tokens"])
         assert cells == [f"{r['kl']:.3f} ± {r['kl_se']:.3f}" for r in rows] + [f"{100 * r['accuracy']:.1f}" for r in rows]
-    assert len(found) == 18 and len(quality) == 1 + 4 * len(found)
+    assert len(found) == 22 and len(quality) == 1 + 4 * len(found)
 
 
 def test_one_preset_has_one_name():
