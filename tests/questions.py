@@ -89,8 +89,11 @@ class Case:
 
 
 THOROUGH = "average-pool"  # where most can go wrong: masses reach the bias, the scores and the pooling
-TOLD_PLACES = "dinov3"  # where rivals answer what takes no second, too: blocks are told the place of every token
-VARIANTS = ("identity", "etps-received", "dtps-topk", "evit-normalize")  # the code of another line of zoo.REDUCERS but for one step
+TOLD_PLACES = "dinov3"  # where one rival answers, too, by turns: blocks are told the place of every token
+VARIANTS = (  # the code of another line of zoo.REDUCERS but for one step
+    *("identity", "etps-received", "dtps-topk", "evit-normalize"),
+    *("tofu", "merge-error", "shift"),
+)
 MAIN = tuple(name for name in zoo.REDUCERS if name not in VARIANTS)
 Question = Callable[[Case], None]
 QUESTIONS: list[tuple[Question, Case]] = []
@@ -113,8 +116,11 @@ def question_where(
             if not answers(kind):
                 continue
             chosen = thorough if model == THOROUGH else [MAIN[(i + number) % len(MAIN)]]
-            rivals = tuple(zoo.RIVALS) if model == THOROUGH or (model == TOLD_PLACES and thorough is not MAIN) else ()
-            QUESTIONS.extend((ask, Case(model, reducer)) for reducer in (*chosen, *rivals))
+            if model == THOROUGH:
+                chosen = [*chosen, *(name for name in zoo.RIVALS if thorough is not MAIN or name not in VARIANTS)]
+            elif model == TOLD_PLACES:
+                chosen = [*chosen, [*zoo.RIVALS][number % len(zoo.RIVALS)]]
+            QUESTIONS.extend((ask, Case(model, reducer)) for reducer in chosen)
         return ask
 
     return register

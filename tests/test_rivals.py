@@ -13,10 +13,10 @@ import oracles_rivals as oracle
 import squeezevit as sv
 import zoo
 from oracles_rivals import Given, Taken
-from squeezevit.core import ops
+from squeezevit.budget.plan import like, plan_macs
 from squeezevit.core.reducer import Reducer, Reduction, Stage
 from squeezevit.errors import ConfigError
-from squeezevit.reducers.catalog import method, methods
+from squeezevit.reducers.catalog import from_dict, label_of, method
 from squeezevit.reducers.diffrate import SEARCHED
 
 KINDS = ("average-pool", "registers", "plain")
@@ -130,10 +130,137 @@ def assert_as_taken(seen: Seen, image: int, taken: Taken) -> None:
 def test_stage_equals_oracle(name, kind, monkeypatch):
     reducer, expected = CASES[name]
     seen, model = watched(monkeypatch, reducer), zoo.build(kind)
+    images = 2 if kind == KINDS[0] else 1
     with torch.no_grad():
-        sv.reduce_(model, reducer)(zoo.images(2))
+        sv.reduce_(model, reducer)(zoo.images(images))
     blocks = [v.stage.block for v in seen]
     assert blocks == list(reducer.stages(zoo.DEPTH)) and {v.stage.depth for v in seen} == {zoo.DEPTH}
     for v in seen:
-        for image in range(2):
+        for image in range(images):
             assert_as_taken(v, image, expected(reducer, v.stage, given(v, image, reducer)))
+
+
+ROWS = ("pitome", "tofu", "mctf", "diffrate", "atc", "zero-tprune", "merge-error", "saint", "shift", "visionzip", "prumerge")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_keeps_its_name_and_its_options(name):
+    reducer = method(name).template()
+    assert label_of(reducer) == method(name).label
+    assert from_dict({"name": type(reducer).__name__, **reducer.__dict__}) == reducer
+
+
+@pytest.mark.parametrize("name", ["pitome", "mctf", "diffrate"])
+def test_a_budget_is_met(name):
+    """By a strength of each method's own."""
+    model = zoo.build("plain")
+    dense = sv.macs(model)
+    reducer = plan_macs(model, name, 0.6)
+    assert sv.macs(sv.reduce_(model, reducer)) / dense == pytest.approx(0.6, abs=0.03)
+    assert label_of(reducer) == method(name).label
+
+
+def test_a_keep_ratio_for_every_block_is_what_costs_as_much_as_etps():
+    """0.7 in each block would leave one token in four."""
+    model = zoo.build("plain")
+    found, wanted = like(model, "saint", 0.8), sv.ETPS(keep=0.8)
+    costs = [sv.macs(sv.reduce_(model, reducer)) for reducer in (found, wanted)]
+    assert costs[0] == pytest.approx(costs[1], rel=0.05)
+    assert like(model, "saint", 0.7, (1, 3)) == sv.SAINT(keep=0.7, at=(1, 3))
+
+
+@pytest.mark.parametrize(("model", "gmacs"), [(model, gmacs) for model, rates in SEARCHED.items() for gmacs in rates])
+def test_searched_rates_give_the_searched_counts(model, gmacs):
+    """Block by block the least of what pruning leaves, merging leaves, and came in; without the class token."""
+    reducer, n = sv.DiffRate.searched(model, gmacs), 196
+    for block, (pruned, merged) in enumerate(zip(*SEARCHED[model][gmacs], strict=True)):
+        k = reducer.count(block, n, 196)
+        assert k == min(n, pruned - 1, merged - 1)
+        assert n - k - reducer.merged(block, n, k) == n - min(n, max(pruned - 1, k)), "dropped without a host"
+        n = k
+
+
+def test_searched_rates_cost_what_they_were_searched_for():
+    import timm
+
+    model = sv.reduce_(timm.create_model("deit_small_patch16_224"), sv.DiffRate.searched("deit_small", 2.9))
+    assert sv.macs(model) / 1e9 == pytest.approx(2.9, abs=0.06)
+    with pytest.raises(ConfigError, match=r"no rates were searched for 'deit_small' at 2 GMACs; there are 'deit_tiny' at 0\.6, "):
+        sv.DiffRate.searched("deit_small", 2)
+
+
+def test_strength_runs_through_the_searched_rates():
+    template = sv.DiffRate()
+    for i, (_, counts) in enumerate(sorted(SEARCHED["deit_small"].items(), reverse=True)):
+        found, n = template.at_strength((i + 1) / 6, 196, 12), 196
+        for block in range(12):
+            n = found.count(block, n, 196)
+            assert n == min(min(c) for c in zip(*(side[: block + 1] for side in counts), strict=True)) - 1
+    assert template.at_strength(0.0, 196, 12).keep == (1.0,) * 12
+    assert template.at_strength(1.0, 196, 12).count(0, 196, 196) == 1
+    assert template.at_strength(0.4, 64, 4).stages(4) == (0, 1, 2, 3)
+
+
+def test_patches_without_a_host_count_nowhere():
+    """DiffRate merges some and drops some: groups, the grid and the pooling tell them apart."""
+    model, x = sv.reduce_(zoo.build("average-pool"), sv.DiffRate(keep=0.5, merge=0.5, at=(1,))), zoo.images(2)
+    with sv.trace(model) as t:
+        tokens = zoo.run(model.forward_features, x)[:, t.prefix :]
+    assert (t.groups < 0).sum(dim=1).tolist() == [16, 16] and t.sizes.sum(dim=1).tolist() == [48, 48]
+    grid = t.scatter_back(tokens)
+    assert (grid.abs().sum(dim=-1) == 0).sum(dim=1).tolist() == [16, 16]
+    assert "25.0 %" in repr(t)
+
+
+def test_shift_runs_without_attention_evidence():
+    """Where attention cannot be scored, as with an adapter around torch's own, and where nothing of it is computed twice."""
+    for reducer in (sv.TopK(score="shift"), sv.ETPS(score="shift", mass=True), sv.EViT(score="shift"), sv.Squeeze(score="shift")):
+        assert reducer.place == "after" and not reducer.scored
+    assert sv.Squeeze(score="shift", match="keys").scored and sv.ETPS().place == "between" and sv.ETPS().scored
+    model = zoo.build("plain")
+    with pytest.raises(ConfigError, match="stage 0 is not behind its block, where alone the shift is known"):
+        zoo.run(sv.reduce_(model, sv.Squeeze(score=lambda s: s.shift())), zoo.images(1))
+
+
+def test_a_stage_behind_the_last_block_leaves_what_is_pooled():
+    model, x = zoo.build("average-pool"), zoo.images(2)
+    dense = zoo.run(model.forward_features, x)
+    with sv.trace(sv.reduce_(model, sv.TopK(keep=0.25, score="shift", at=(3,)))) as t:
+        left = zoo.run(model.forward_features, x)
+    rows = t.stages[0].kept[..., None].expand(-1, -1, zoo.DIM) + 1
+    torch.testing.assert_close(left[:, 1:], dense.gather(1, rows), rtol=1e-5, atol=1e-5)
+
+
+BAD: tuple[tuple[Callable[[], Any], str], ...] = (
+    (lambda: sv.PiToMe(margin=2), "PiToMe: margin=2 is no cosine"),
+    (lambda: sv.PiToMe(protect="never"), "PiToMe: protect='never' is not known"),
+    (lambda: sv.ToFu(r=-1), "ToFu: r=-1 is not a number of tokens"),
+    (lambda: sv.MCTF(temperatures=(1, 0, 3)), "temperatures=.1, 0, 3. are not three numbers above 0"),
+    (lambda: sv.DiffRate(merge=1.5), "DiffRate: merge=1.5 is not a share"),
+    (lambda: sv.DiffRate(keep=0.5, merge=(0.5, 0.5), at=(1,)), "merge=.0.5, 0.5. has 2 shares but at=.1,. has 1 stages"),
+    (lambda: sv.ATC(linkage="ward"), "ATC: linkage='ward' is not known"),
+    (lambda: sv.ZeroTPrune(similar=True), "ZeroTPrune: similar=True is not a share"),
+    (lambda: sv.SAINT(threshold=7), "SAINT: threshold=7 is out of range"),
+    (lambda: sv.VisionZip(contextual=-0.1), "VisionZip: contextual=-0.1 is not a share"),
+    (lambda: sv.PruMerge(neighbours=0), "PruMerge: neighbours=0 is no number of tokens"),
+    (lambda: sv.MCTF(r=(3, 3)).stages(4), "MCTF: r=.3, 3. has 2 entries, but the model has 4 blocks"),
+)
+
+
+@pytest.mark.parametrize(("make", "says"), BAD, ids=range(len(BAD)))
+def test_options_that_cannot_be_meant(make, says):
+    with pytest.raises(ConfigError, match=says):
+        make()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "-" not in name])
+def test_down_to_one_token(name):
+    """Every stage takes as many as it can, until nothing is left to take."""
+    reducer = CASES[name][0]
+    reducer = replace(reducer, keep=1e-3, at="every", **({"merge": 0.5} if name == "diffrate" else {})) if hasattr(
+        reducer, "keep"
+    ) else replace(reducer, r=60)  # fmt: skip
+    model = sv.reduce_(zoo.build("average-pool", depth=12), reducer)
+    with sv.trace(model) as t:
+        assert zoo.run(model, zoo.images(2)).isfinite().all()
+    assert t.stages[-1].n_out == 1

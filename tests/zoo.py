@@ -69,12 +69,12 @@ REDUCERS: dict[str, Reducer] = {
     "random": sv.Random(keep=0.6, seed=5),
     "preset": replace(method("training-free").template(), keep=0.8),
 }
-RIVALS: dict[str, Reducer] = {  # asked about in two kinds of models, where the ones above are in all
+RIVALS: dict[str, Reducer] = {  # asked about in one kind of model, and by turns in another, where the ones above are in all
     "pitome": sv.PiToMe(keep=0.85),
     "tofu": sv.ToFu(r=9),
     "mctf": sv.MCTF(r=9),
     "diffrate": sv.DiffRate(keep=0.8),
-    "atc": sv.ATC(keep=0.6),
+    "atc": sv.ATC(keep=0.9),
     "zero-tprune": sv.ZeroTPrune(keep=0.6),
     "merge-error": sv.MergeError(r=9),
     "saint": sv.SAINT(keep=0.8),
