@@ -38,7 +38,7 @@ CASES: dict[str, tuple[Reducer, Oracle]] = {
     "tofu": (sv.ToFu(r=9), lambda r, s, g: oracle.tofu(g)),
     "merge-error": (sv.MergeError(r=9), lambda r, s, g: oracle.merge_error(g)),
     "mctf": (sv.MCTF(r=9), lambda r, s, g: oracle.mctf(g, (1, 20, 40))),
-    "mctf-one": (sv.MCTF(r=(1, 2, 30, 30), temperatures=(2, 5, 3)), lambda r, s, g: oracle.mctf(g, (2, 5, 3))),
+    "mctf-one": (sv.MCTF(r=(1, 20, 30, 3), temperatures=(2, 5, 0.5)), lambda r, s, g: oracle.mctf(g, (2, 5, 0.5))),
     "diffrate": (sv.DiffRate(keep=0.8, merge=0.4), lambda r, s, g: oracle.diffrate(g, r.merged(s.index, s.n, s.k))),
     "diffrate-prunes": (
         sv.DiffRate(keep=0.8, merge=(0, 1, 0.3, 0)),
