@@ -111,7 +111,8 @@ def test_the_command_writes_a_page(labelled, tmp_path, capsys):
     said = capsys.readouterr()
     assert not stop.value.code, said.err
     results, page = json.loads((tmp_path / "out/compare.json").read_text()), (tmp_path / "out/compare.html").read_text()
-    assert results["images"] == (6 if labelled else 3) and ("accuracy" in results["dense"]) == labelled and len(results["unreadable"]) == 1
+    assert results["images"] == (6 if labelled else 3) and len(results["unreadable"]) == 1
+    assert ("accuracy" in results["dense"]) == labelled
     assert "broken.png" in said.err and "training-free" in said.out and ("accuracy" in said.out) == labelled
     rows = re.findall(r"<tr data-of=\"(.*?)\">", page)
     assert rows == ["", "0.65", "0.65", "0.65"] and page.count("<svg role") == 1
