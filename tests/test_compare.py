@@ -12,7 +12,7 @@ from scipy import stats
 
 import squeezevit as sv
 from squeezevit.cli import main
-from squeezevit.compare import Asked, compare, ranks, write_page
+from squeezevit.compare import Asked, compare, largest, ranks, write_page
 from squeezevit.compare.ranks import p_value
 from squeezevit.errors import ConfigError, UnsupportedError
 
@@ -55,7 +55,7 @@ def test_ranks_are_by_pairs_corrected_for_their_number():
 def test_rows_are_of_the_model_s_own_outputs(net):
     x, labels = images(12), np.arange(12) % 3
     own = sv.ETPS(keep=0.6, at=(1, 3))
-    results = compare(net, x.split(5), Asked(("topk", "tome"), **FAST), labels, True, 64, own)
+    results = compare(net, x.split(5), Asked(("topk", "tome"), **FAST), labels, largest, 64, own)
     assert [row["method"] for row in results["rows"]] == ["own", "topk", "tome"] and not results["left_out"]
     with torch.inference_mode():
         dense = net(x)
@@ -120,7 +120,7 @@ def test_the_command_writes_a_page(labelled, tmp_path, capsys):
 
 
 def test_the_page_names_who_is_first_and_what_was_left_out(net, tmp_path):
-    results = compare(net, images(6).split(3), Asked(("etps", "topk", "tome"), (0.65, 0.3), (1,), 1), None, False, 64)
+    results = compare(net, images(6).split(3), Asked(("etps", "topk", "tome"), (0.65, 0.3), (1,), 1), image_size=64)
     write_page(results, tmp_path / "page.html", "a model <of mine>")
     page = (tmp_path / "page.html").read_text()
     assert "a model &lt;of mine&gt;" in page and "First in cosine, or not told from the first" in page

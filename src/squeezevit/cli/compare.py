@@ -49,7 +49,7 @@ def compare(
 
     from squeezevit import restore_
     from squeezevit.bench.machine import write_json
-    from squeezevit.compare import Asked, write_page
+    from squeezevit.compare import Asked, largest, write_page
     from squeezevit.compare import compare as job
     from squeezevit.data.models import to_device
 
@@ -66,7 +66,7 @@ def compare(
         net = to_device(restore_(ready.net), device)
         batches = [batch.to(device) for batch in found.images.split(16)]
         own = ready.reducer if source is not None and ready.reducer.stages(10**6) else None
-        results = job(net, batches, asked, found.labels, found.answers, size, own, report)
+        results = job(net, batches, asked, found.labels, largest if found.answers else None, size, own, report)
     results = {**results, "model": ready.name, "data": str(data), "unreadable": found.unreadable}
     screen.print_comparison(results)
     for one in results["left_out"]:

@@ -5,8 +5,8 @@ job.py      measuring
 page.py     the results as one page, sorted by what the reader chooses
 """
 
-from squeezevit.compare.job import Asked, compare
+from squeezevit.compare.job import Asked, compare, largest
 from squeezevit.compare.page import write_page
 from squeezevit.compare.ranks import ranks
 
-__all__ = ["Asked", "compare", "ranks", "write_page"]
+__all__ = ["Asked", "compare", "largest", "ranks", "write_page"]

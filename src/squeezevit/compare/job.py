@@ -1,7 +1,7 @@
 """Measuring every method on one model and its images: fidelity, accuracy where labels are known, time at some batch sizes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from squeezevit.reducers import Identity
 from squeezevit.reducers.catalog import Method, label_of, method, methods
 
 Size = int | tuple[int, int] | None
+Answer = Callable[[np.ndarray], np.ndarray]  # outputs [n, C] -> a class each, [n]
 OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
 
 
@@ -68,15 +69,15 @@ def compare(
     batches: Sequence[Tensor],
     asked: Asked,
     labels: np.ndarray | None = None,
-    answers: bool = False,
+    answer: Answer | None = None,
     image_size: Size = None,
     own: Reducer | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """A row for the unreduced model and for each method at each share; the model is left unreduced, in evaluation mode.
 
-    batches: images [b, 3, H, W], on the model's device. labels: of all images [n], where they are known. answers: whether the
-    outputs are of a classifier, so that the largest one is an answer. own: a reducer that came with the model, compared, too.
+    batches: images [b, 3, H, W], on the model's device. labels: of all images [n], where they are known. answer: what the outputs
+    say, as `largest` of a classifier's, or a probe's prediction from features. own: a reducer that came with the model.
 
     `cosine` is that of each image's outputs with the unreduced model's, `same` the share of equal answers, `loss` in accuracy
     against the unreduced model, paired. A method out of reach at a share is in `left_out` with the reason. Ranks are within a
@@ -98,11 +99,11 @@ def compare(
         raise ConfigError(f"no method can be compared at {asked.shares} of the multiply-adds: {left_out[0]['reason']}")
     speeds = {size: _speeds(model, points, size, asked, image_size, progress) for size in asked.batch_sizes}
     dense = _outputs(model, batches, str(points[0].label), progress)
-    judged = [_Judged(dense, dense, labels, answers)]
+    judged = [_Judged(dense, dense, labels, answer)]
     for point in points[1:]:
         found = _outputs(reduce_as_needed_(model, point.reducer), batches, f"{point.label} at {point.share or 'its own'}", progress)
         restore_(model)
-        judged.append(_Judged(found, dense, labels, answers))
+        judged.append(_Judged(found, dense, labels, answer))
     rows = [
         {**_about(point), **one.row(), **_timed({size: at[i] for size, at in speeds.items()})}
         for i, (point, one) in enumerate(zip(points, judged, strict=True))
@@ -120,7 +121,7 @@ class _Judged:
     found: np.ndarray
     dense: np.ndarray
     labels: np.ndarray | None
-    answers: bool
+    answer: Answer | None
 
     @property
     def near(self) -> np.ndarray:
@@ -129,17 +130,25 @@ class _Judged:
 
     @property
     def right(self) -> np.ndarray | None:
-        return None if self.labels is None else (self.found.argmax(1) == self.labels).astype(float)
+        return None if self.labels is None else (self.says(self.found) == self.labels).astype(float)
+
+    def says(self, outputs: np.ndarray) -> np.ndarray:
+        return largest(outputs) if self.answer is None else self.answer(outputs)
 
     def row(self) -> dict[str, Any]:
         out: dict[str, Any] = {"cosine": float(self.near.mean()), "cosine_se": _error(self.near)}
-        if self.answers:
-            out["same"] = float((self.found.argmax(1) == self.dense.argmax(1)).mean())
+        if self.answer is not None:
+            out["same"] = float((self.says(self.found) == self.says(self.dense)).mean())
         if (right := self.right) is not None:
-            lost = (self.dense.argmax(1) == self.labels) - right
+            lost = (self.says(self.dense) == self.labels) - right
             out |= {"accuracy": float(right.mean()), "accuracy_se": _error(right)}
             out |= {"loss": float(lost.mean()), "loss_se": _error(lost)}
         return out
+
+
+def largest(outputs: np.ndarray) -> np.ndarray:
+    """The class of a classifier's largest output: [n, K] -> [n]."""
+    return cast(np.ndarray, outputs.argmax(axis=1))
 
 
 def _learns(row: Method) -> bool:
