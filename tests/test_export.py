@@ -185,6 +185,13 @@ def test_other_libraries_where_blocks_follow_that_have_no_stage(kind):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_siglip_2_whose_checks_of_values_have_no_word_in_onnx(tmp_path: Path):
+    module = graph.Exportable(zoo.reduce(zoo.build("hf-siglip2", depth=1), sv.ETPS(keep=0.5, at=(0,))))
+    engines.write(graph.capture(module, None, (zoo.SIZE, zoo.SIZE)), "openvino", tmp_path, ["out"])
+    for to in ("onnx", "openvino"):
+        assert verified.agree(module, engines.opened(to, tmp_path), zoo.images(5), None)["error"] < 1e-5
+
+
 def test_a_program_of_a_static_batch(tmp_path: Path):
     card = written(of("topk"), tmp_path / "b", to="program", batch_size=2)
     assert card.measured["compared"]["error"] < 1e-5 and read_card(tmp_path / "b").engine == "program"

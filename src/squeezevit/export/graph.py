@@ -20,6 +20,7 @@ from squeezevit.core.trace import trace
 from squeezevit.errors import UnsupportedError
 
 OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
+_CHECKS = ("aten._assert_", "aten.sym_constrain_range")
 _MASK = "create_bidirectional_mask"
 _LOUD = ("onnx_ir", "onnxscript", "torch.onnx", "torch.export", "nncf", "root")  # what they log is for their own developers
 
@@ -61,7 +62,7 @@ def capture(module: Exportable, batch: int | None, size: tuple[int, int], scatte
     try:
         with quietly(), torch.no_grad(), without_hooks(module.model), _form(scatter), _unmasked(module.model):
             program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
-            program = _replaced(program, {} if scatter else _PRODUCTS)
+            program = _unchecked(_replaced(program, {} if scatter else _PRODUCTS))
     except Exception as error:  # whatever the capture stumbles over
         raise UnsupportedError(
             f"torch.export cannot capture this {type(module.model).__name__} at {size[0]} x {size[1]} pixels ({reason(error)}); "
@@ -144,6 +145,18 @@ def _unmasked(model: nn.Module) -> Iterator[None]:
 
 def _graphs(program: ExportedProgram) -> list[Any]:
     return [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+
+
+def _unchecked(program: ExportedProgram) -> ExportedProgram:
+    """The program without its checks of shapes and values, which formats have no word for: the capture has passed them, and
+    nothing but images comes in."""
+    for module in (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
+        for node in module.graph.nodes:
+            if node.op == "call_function" and str(node.target).startswith(_CHECKS):
+                module.graph.erase_node(node)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+    return program
 
 
 def _replaced(program: ExportedProgram, table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
