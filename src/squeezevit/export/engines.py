@@ -146,8 +146,9 @@ def _open_onnx(file: Path, hint: str, threads: int | None) -> Run:
 def _open_openvino(file: Path, hint: str, threads: int | None) -> Run:
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": HINTS[hint], "PERFORMANCE_HINT": "LATENCY"}
-    settings |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[hint], "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
     request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
 
     def run(images: np.ndarray) -> list[np.ndarray]:
