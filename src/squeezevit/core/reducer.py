@@ -167,7 +167,7 @@ class Stage:
     def masses(self) -> Tensor:
         """What each incoming token stands for, [B, P + N] float32: 1 where nothing has been counted yet."""
         mass = self.carry.mass
-        return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.float32) if mass is None else mass
+        return self.tokens.new_full(self.tokens.shape[:2], 1.0, dtype=torch.float32) if mass is None else mass
 
     def merge_by_mass(self, tokens: Tensor, gone: Tensor, kept: Tensor, pruned: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each kept token with those it hosts, weighted by mass, and the masses [B, P + K] going out."""
