@@ -56,22 +56,26 @@ def write_report(results: Mapping[str, Any], figures: Mapping[str, Picture], pat
         _section("Licence of the photographs", _licence()),
     ]
     title = f"{TITLE}: {results['model']['name']}"
-    page = f"""<!DOCTYPE html>
+    path.write_text(document(title, "".join(body)), encoding="utf-8")
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A page that loads nothing, in the colours and letters of all pages; `body` and `style` are HTML and CSS."""
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)}</title>
-<style>{_css()}</style>
+<style>{_css()}{style}</style>
 </head>
 <body>
 <main>
-{"".join(body)}</main>
+{body}</main>
 </body>
 </html>
 """
-    path.write_text(page, encoding="utf-8")
 
 
 def picture_uri(image: Image.Image, most_bytes: int) -> tuple[str, tuple[int, int]]:

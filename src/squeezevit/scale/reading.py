@@ -1,6 +1,7 @@
 """One part of a source, photograph by photograph: a name, and how to get what is in it."""
 
 import os
+import re
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from squeezevit.data.folder import is_image, printable
+from squeezevit.errors import DataError
 from squeezevit.scale import stores
 from squeezevit.scale.sources import Part, Source
 
@@ -121,6 +123,30 @@ class _Member(tarfile.TarInfo):
             if type(error).__name__ == "EOFHeaderError":  # the end that the archive itself states
                 raise
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
+
+
+def content_of(name: str, source: Source) -> tuple[str, bytes | None]:
+    """A photograph by its name in a table: its path, and its content where it is not a file of its own.
+
+    Raises OSError where it is not there any more, DataError where the name does not say where it is.
+    """
+    shard, _, member = name.partition(".tar/")
+    if source.kind == "tar" and member:
+        return name, _one(item for item in items(Part(0, f"{shard}.tar"), source) if item.name == name)
+    row = re.fullmatch(r"(.+)#(\d+)\.(\d+)", name)
+    if source.kind == "parquet" and row:
+        return name, _one(islice(items(Part(0, row[1], int(row[2])), source), int(row[3]), None))
+    if source.names is not None:
+        raise DataError(f"{name} is a name of the column {source.names}, which does not say where it lies")
+    item = _at(name, source.base)
+    return item.path, item.content()
+
+
+def _one(found: Iterator[Item]) -> bytes | None:
+    item = next(found, None)
+    if item is None or item.reason is not None:
+        raise FileNotFoundError("it is not there any more" if item is None else item.reason)
+    return item.content()
 
 
 _TAKEN: dict[str, Callable[[Part, Source], Iterator[Item]]] = {"files": _of_listing, "parquet": _of_parquet, "tar": _of_tar}

@@ -118,7 +118,7 @@ class Table:
         """Write the manifest: from then on the table is whole."""
         listed = [shards[part.number] for part in self.parts]
         sums = {name: sum(shard[name] for shard in listed) for name in ("rows", "ok", "bytes")}
-        told = {"format": 1, "id": self.id, **self.run, **sums, "shards": listed}
+        told = {"format": 1, "id": self.id, **self.run, "source": self.source.to_dict(), **sums, "shards": listed}
         stores.write(stores.beneath(self.out, MANIFEST), json.dumps(told, indent=1).encode(), self.inner)
 
     def close(self) -> None:
