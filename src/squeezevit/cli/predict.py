@@ -228,9 +228,9 @@ def _tell_outcome(done: "Outcome") -> None:
     if failed > 5:
         screen.note(f"{failed} photographs have no answer; the column reason of {done.out} tells of each")
     before = f", {done.rows - done.new_rows} of them before" if done.rows > done.new_rows else ""
-    speed = f"; {done.new_rows / done.seconds:.1f} images/s after {done.starting:.1f} s of starting" if done.new_rows else ""
+    spent = f"; {done.seconds:.1f} s, of which {done.starting:.1f} s until the first answers" if done.new_rows else ""
     screen.say(
-        f"{done.rows} photographs{before}, {failed} without an answer, by {done.engine}, model {done.model[:12]}{speed}\n"
+        f"{done.rows} photographs{before}, {failed} without an answer, by {done.engine}, model {done.model[:12]}{spent}\n"
         f"Table: {done.out}, {done.shards} shards"
     )
 

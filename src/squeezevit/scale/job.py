@@ -54,7 +54,7 @@ class Cluster:
 class Outcome:
     """What a run did: photographs, those with an answer, and shards, of the whole table; how many of them this run made.
 
-    failed: the first rows of this run without an answer. seconds: of this run, from Ray's being there; starting: until then.
+    failed: the first rows of this run without an answer. seconds: of this run; starting: until its first batch had its answers.
     """
 
     out: str
@@ -112,6 +112,7 @@ class _Run:
     progress: Report
     failed: list[Row] = field(default_factory=list)
     new: int = 0
+    first: float | None = None  # when the first batch came
 
     def __call__(self) -> Outcome:
         started = time.perf_counter()
@@ -127,10 +128,8 @@ class _Run:
         try:
             self.shards = self.table.done()
             before, todo = len(self.shards), [part for part in self.table.parts if part.number not in self.shards]
-            began = time.perf_counter()
             if todo:
                 with _ray(self.cluster) as ray:
-                    began = time.perf_counter()
                     self._do(ray, todo)
             ok = sum(shard["ok"] for shard in self.shards.values())
             if not ok:
@@ -141,7 +140,7 @@ class _Run:
         rows = sum(shard["rows"] for shard in self.shards.values())
         return Outcome(
             self.out, rows, ok, len(self.shards), self.new, len(self.shards) - before, tuple(self.failed),
-            time.perf_counter() - began, began - started, self.id, self.engine,
+            time.perf_counter() - started, (self.first or started) - started, self.id, self.engine,
         )  # fmt: skip
 
     def _about(self) -> Row:
@@ -160,10 +159,12 @@ class _Run:
         """Shards as their last batches arrive: a batch that comes twice, as after a worker's death, counts once."""
         open_parts: dict[int, dict[int, bytes]] = {}
         lasts: dict[int, int] = {}
+        workers = self._workers(ray)
+        task = Task(str(self.path), self.engine, workers.threads, self.cluster.device, self.how, self.batch, self.top)
         self._report()
         with _told(ray, self.out):
-            for row in _results(ray, self._decode(), self._task(ray), files_of(self.path), todo, self._workers(ray)):
-                number = int(row["part"])
+            for row in _results(ray, self._decode(), task, files_of(self.path), todo, workers):
+                self.first, number = self.first or time.perf_counter(), int(row["part"])
                 if number in self.shards:
                     continue
                 batches = open_parts.setdefault(number, {})
@@ -218,10 +219,6 @@ class _Run:
                 f"{actors} actors of {threads} threads leave none of Ray's {cores} cores for decoding; choose fewer of either"
             )
         return _Workers(actors, threads, threads, gpu, self.settings.workers)
-
-    def _task(self, ray: Any) -> Task:
-        workers = self._workers(ray)
-        return Task(str(self.path), self.engine, workers.threads, self.cluster.device, self.how, self.batch, self.top)
 
 
 @dataclass(frozen=True)
