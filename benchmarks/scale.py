@@ -2,10 +2,10 @@
 
     python benchmarks/scale.py speed memory decoding driver        # benchmarks/results/scale.json
 
-speed: DINOv2 ViT-S/14 at 112 pixels on photographs of 500 x 375; each way in a process of its own, in turns. Images/s, and processor
-seconds an image, are those between the first and the last shard (or batch), so that starting is told apart. memory: a tiny model on
-pictures of 32 pixels, with which all that grows is bookkeeping: peaks of each process's own memory (USS). decoding: processor
-milliseconds a photograph. driver: processor time of what the one process that writes does for each row.
+speed: DINOv2 ViT-S/14 at 112 pixels on photographs of 500 x 375; each way in a process of its own, in turns. Images/s, and
+processor seconds an image, are those between the first and the last shard (or batch), so that starting is told apart. memory: a
+tiny model on pictures of 32 pixels, with which all that grows is bookkeeping: peaks of each process's own memory (USS). decoding:
+processor milliseconds a photograph. driver: processor time of what the one process that writes does for each row.
 """
 
 import json
@@ -129,8 +129,8 @@ def speed(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]:
             starts[name].append(first)
             costs[name].append(clock.between(first, last) / (all_ - few))
             say(
-                f"{name}: {rates[name][-1]:.1f} images/s, {1000 * costs[name][-1]:.0f} ms of processors an image, first answers after "
-                f"{first:.1f} s"
+                f"{name}: {rates[name][-1]:.1f} images/s, {1000 * costs[name][-1]:.0f} ms of processors an image, first answers "
+                f"after {first:.1f} s"
             )
     rows = []
     for name in WAYS:
