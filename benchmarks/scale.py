@@ -68,7 +68,8 @@ def run(way: dict[str, Any], bundle: Path, photographs: Path, batch: int, shard:
     with tempfile.TemporaryDirectory() as out:
         code = ONE.replace("{batch}", str(batch)).replace("{shard}", str(shard))
         given = [str(time.time()), json.dumps(way), str(bundle), str(photographs), f"{out}/table"]
-        child = subprocess.Popen([sys.executable, "-c", code, *given], stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "RAY_worker_niceness": "0"}  # Ray's workers give way to others; the plain command does not
+        child = subprocess.Popen([sys.executable, "-c", code, *given], stdout=subprocess.PIPE, text=True, env=environment)
         done = threading.Event()
         watcher = threading.Thread(target=lambda: [watch(child.pid) for _ in iter(lambda: done.wait(0.5), True)])
         watcher.start()

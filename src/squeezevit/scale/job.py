@@ -127,7 +127,8 @@ class _Run:
         self.table = Table(self.out, self._about(), self._begin)
         try:
             self.shards = self.table.done()
-            before, todo = len(self.shards), [part for part in self.table.parts if part.number not in self.shards]
+            self.old, before = sum(shard["rows"] for shard in self.shards.values()), len(self.shards)
+            todo = [part for part in self.table.parts if part.number not in self.shards]
             if todo:
                 with _ray(self.cluster) as ray:
                     self._do(ray, todo)
@@ -161,6 +162,8 @@ class _Run:
         lasts: dict[int, int] = {}
         workers = self._workers(ray)
         task = Task(str(self.path), self.engine, workers.threads, self.cluster.device, self.how, self.batch, self.top)
+        rows = [part.rows for part in self.table.parts]
+        self.total = None if None in rows else sum(filter(None, rows))
         self._report()
         with _told(ray, self.out):
             for row in _results(ray, self._decode(), task, files_of(self.path), todo, workers):
@@ -174,6 +177,8 @@ class _Run:
                 if len(batches) == lasts.get(number, -1) + 1:
                     self._commit(number, [batches[i] for i in range(len(batches))])
                     del open_parts[number]
+        if open_parts or len(self.shards) < len(self.table.parts):
+            raise RunError(f"Ray ended before {len(todo)} parts were done; {len(self.shards)} are, and the same command goes on")
 
     def _commit(self, number: int, batches: list[bytes]) -> None:
         try:
@@ -189,10 +194,8 @@ class _Run:
 
     def _report(self) -> None:
         if self.progress is not None:
-            rows = [part.rows for part in self.table.parts]
-            total = None if None in rows else sum(filter(None, rows))
             doing = {"embed": "embedding", "predict": "predicting"}[self.command]
-            self.progress(doing, sum(shard["rows"] for shard in self.shards.values()), total)
+            self.progress(doing, self.old + self.new, self.total)
 
     def _first_failure(self) -> str:
         if self.failed:
