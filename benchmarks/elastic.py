@@ -2,7 +2,7 @@
 
     python benchmarks/elastic.py        # benchmarks/results/elastic.json
 
-A tiny ViT with eTPS on 400 pictures of two kinds, on CPUs. Each agent stands for a machine and has one process; after the first
+A tiny ViT with eTPS on 200 pictures of two kinds, on CPUs. Each agent stands for a machine and has one process; after the first
 epoch one agent and its process get SIGKILL. The run that is left is compared with one that was never disturbed, in one process.
 """
 
@@ -24,6 +24,7 @@ from squeezevit.errors import CheckpointError
 from squeezevit.train import checkpoints
 from workshop import RESULTS, Sheet, arguments
 
+EPOCH = 25  # updates
 TINY = (
     "model.name=vit_tiny_patch16_224",
     "model.image_size=32",
@@ -34,9 +35,9 @@ TINY = (
     "reducer.keep=0.5",
     "reducer.at=1,2",
     "batch_size=8",
-    "epochs=4",
+    "epochs=3",
     "tensorboard=false",
-    "save_every=10",
+    "save_every=5",
     "augment.color_jitter=0",
     "augment.hflip=0",
     "augment.crop_scale=1,1",
@@ -46,7 +47,7 @@ TINY = (
 
 def pictures(root: Path) -> Path:
     random = np.random.default_rng(0)
-    for split, count in (("train", 200), ("val", 50)):
+    for split, count in (("train", 100), ("val", 25)):
         for name, brightness in (("dark", 115), ("light", 135)):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
@@ -86,7 +87,7 @@ def updates(out: Path) -> int:
         state = checkpoints.load_state(out / "last/state.pt")
     except CheckpointError:  # not there yet, or just being replaced
         return 0
-    return int(state["epoch"]) * 50 + int(state["update"])
+    return int(state["epoch"]) * EPOCH + int(state["update"])
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -106,7 +107,7 @@ def lose(data: Path, out: Path, killed: str) -> dict[str, Any]:
     try:
         while not rows(out) and left.poll() is None:
             time.sleep(0.2)
-        while updates(out) % 50 < 20 and left.poll() is None:
+        while updates(out) % EPOCH < 10 and left.poll() is None:
             time.sleep(0.1)
         os.killpg(victim.pid, signal.SIGKILL)
         at, kept = time.monotonic(), updates(out)
@@ -138,7 +139,7 @@ def main() -> None:
         whole = Path(folder) / "whole"
         subprocess.run([sys.executable, *command(data, whole)], check=True, capture_output=True)
         losses = [float(row["loss"]) for row in rows(whole)]
-        sheet = Sheet(args.json, updates=200, save_every=10)
+        sheet = Sheet(args.json, updates=3 * EPOCH, save_every=5)
         sheet.add({"killed": "nobody", "exit": 0, "epochs": len(losses), "losses": losses}, f"undisturbed: {losses}")
         for killed in ("other", "host"):
             row = lose(data, Path(folder) / killed, killed)

@@ -44,7 +44,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--shares", nargs="*", type=float, default=(0.65, 0.5, 0.35))
     parser.add_argument("--methods", nargs="*", default=("training-free", "tome", "topk", "random"))
-    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS / "recall.json")
     args = parser.parse_args()

@@ -1,11 +1,12 @@
 """Photographs on Ray beside the plain command: speed, starting, memory as the folder grows, and what decoding costs.
 
-    python benchmarks/scale.py speed memory decoding driver        # benchmarks/results/scale.json
+    python benchmarks/scale.py speed memory decoding driver paper        # benchmarks/results/scale.json
 
 speed: DINOv2 ViT-S/14 at 112 pixels on photographs of 500 x 375; each way in a process of its own, in turns. Images/s, and
 processor seconds an image, are those between the first and the last shard (or batch), so that starting is told apart. memory: a
 tiny model on pictures of 32 pixels, with which all that grows is bookkeeping: peaks of each process's own memory (USS). decoding:
-processor milliseconds a photograph. driver: processor time of what the one process that writes does for each row.
+processor milliseconds a photograph. driver: processor time of what the one process that writes does for each row. paper: what ten
+million and a billion photographs would take, from the decoding above and the processor time of models in results/deploy.json.
 """
 
 import json
@@ -60,6 +61,8 @@ else:
     embed([photographs], open_engine(bundle, threads=way["threads"], features=True), out + ".npy", settings, progress=report)
 print("TOLD" + json.dumps(seen))
 """
+PAPER = (("torch fp32", 1.0), ("openvino fp32", 1.0), ("openvino fp32", 0.5), ("openvino int8", 0.5), ("openvino fp32", 0.35))
+CORES, MACHINES, EFFICIENCY, HOURLY = 16, {"1e+07": 10, "1e+09": 100}, 0.9, 0.04  # assumed; the last: dollars a core and hour
 ROLES = {"MapBatches(Model)": "actor", "FlatMap(Decode)": "decoding task", "raylet": "Ray itself", "gcs_server": "Ray itself"}
 
 
@@ -255,9 +258,27 @@ def driver(folder: Path, width: int = 384, batch: int = 64, count: int = 200_000
     return [{**row, "bytes_a_row": size / 2048}]
 
 
+def paper(decoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Arithmetic only: processor time of decoding and of the model, added up; both were measured on cores of one kind."""
+    models = {(r["format"], r["share"]): r["batch_16"]["processor_ms"] for r in earlier(RESULTS / "deploy.json")["rows"]}
+    rows = []
+    for pixels, draft in (([500, 375], False), ([4000, 3000], True), ([4000, 3000], False)):
+        each = next(1000 * r["seconds_median"] for r in decoded if r["pixels"] == pixels and r["draft"] == draft)
+        for kind in PAPER:
+            total = each + models[kind]
+            hours = {f"{count:.0e}": count * total / 3.6e6 for count in (10**7, 10**9)}  # of one core
+            row = {"what": "paper", "pixels": pixels, "draft": draft, "format": kind[0], "share": kind[1], "decoding_ms": each}
+            row |= {"model_ms": models[kind], "decoding_share": each / total, "core_hours": hours}
+            row |= {"dollars": {count: HOURLY * h for count, h in hours.items()}}
+            row["hours"] = {n: h / (CORES * MACHINES[n] * EFFICIENCY) for n, h in hours.items()}
+            rows.append(row)
+            say(f"{pixels[0]} x {pixels[1]}{', draft' if draft else ''}, {kind[1]:.0%} {kind[0]}: {total:.0f} ms, {hours}")
+    return rows
+
+
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("parts", nargs="*", default=["speed", "memory", "decoding", "driver"])
+    parser.add_argument("parts", nargs="*", default=["speed", "memory", "decoding", "driver", "paper"])
     parser.add_argument("--images", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--counts", nargs="*", type=int, default=[1_000, 10_000, 100_000])
@@ -269,6 +290,7 @@ def main() -> None:
         "memory": lambda folder: memory(folder, args.counts),
         "decoding": decoding,
         "driver": driver,
+        "paper": lambda folder: paper([row for row in earlier(args.json)["rows"] if row["what"] == "decoding"]),
     }
     for part in args.parts:
         with tempfile.TemporaryDirectory() as folder:

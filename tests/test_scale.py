@@ -30,6 +30,7 @@ from squeezevit.scale.reading import items
 from squeezevit.scale.search import about, features, nearest, questioner
 from squeezevit.scale.sources import Part, Source, cut, found
 from squeezevit.scale.table import Table, manifest
+from squeezevit.scale.table import rows_of as shards_of
 from squeezevit.scale.work import Decode
 
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -437,6 +438,42 @@ def test_another_run_in_its_place_is_refused(photographs, tmp_path):
     (tmp_path / "u/x.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match="Parquet files that are not of this run"):
         begun(tmp_path / "u", photographs)
+
+
+def test_only_whole_shards_of_this_run_and_part_count(photographs, tmp_path):
+    """Whatever lies in a shard's place: its footer says whose it is, and a shard that was cut off has none."""
+    schema = pa.schema({"file": pa.string(), "status": pa.string(), "reason": pa.string()})
+
+    def batch(*names: str) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema) as out:
+            rows = [{"file": n, "status": "ok" if n < "x" else "unreadable", "reason": None} for n in names]
+            out.write_table(pa.Table.from_pylist(rows, schema))
+        return sink.getvalue().to_pybytes()
+
+    table, other = begun(tmp_path / "t", photographs), begun(tmp_path / "other", photographs, model="n")
+    told, failed = table.commit(0, [batch("a", "x"), batch("b")])
+    assert (told["rows"], told["ok"], [row["file"] for row in failed]) == (3, 2, ["x"])
+    for number in range(1, 5):
+        table.commit(number, [batch(str(number))])
+    other.commit(1, [batch("1")])
+    files = [Path(table.address(number)) for number in range(5)]
+    files[1].write_bytes(Path(other.address(1)).read_bytes())
+    files[2].write_bytes(files[3].read_bytes())
+    files[4].write_bytes(files[4].read_bytes()[:-1])
+    done = table.done()
+    assert set(done) == {0, 3} and done[0] == told
+    with pytest.raises(KeyError):
+        table.finish(done)
+    for part in table.parts:
+        done[part.number] = table.commit(part.number, [batch(str(part.number))])[0]
+    table.finish(done)
+    assert [row["file"] for row in rows_of(tmp_path / "t")] == [str(part.number) for part in table.parts]
+    spoilt = bytearray(files[2].read_bytes())
+    spoilt[10] ^= 255
+    files[2].write_bytes(spoilt)
+    with pytest.raises(DataError, match=r"part-0000002\.parquet is not as it was written"):
+        list(shards_of(str(tmp_path / "t"), ["file"]))
 
 
 def test_what_cannot_be_meant_is_refused_before_ray_starts(bundle, photographs, tmp_path, monkeypatch):

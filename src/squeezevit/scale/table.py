@@ -153,7 +153,7 @@ def rows_of(table: str, columns: list[str]) -> Iterator[Any]:
                 raise OSError(f"{len(content)} bytes, and {shard['bytes']} were written")
             reader = stores.arrow("pyarrow").BufferReader(content)
             yield parquet.ParquetFile(reader, page_checksum_verification=True).read(columns)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # what pyarrow makes of a spoilt page
             raise DataError(
                 f"{address} is not as it was written ({error}); remove it, and the command that made the table makes it again"
             ) from error
