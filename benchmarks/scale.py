@@ -178,13 +178,20 @@ def small(folder: Path, count: int) -> Path:
     return folder
 
 
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:  # it has ended
+        return []
+
+
 def memory(folder: Path, counts: list[int]) -> list[dict[str, Any]]:
     bundle, rows = tiny(folder), []
     for count in counts:
         pictures, peaks = small(folder / str(count), count), dict[str, float]()
 
         def watch(pid: int, peaks: dict[str, float] = peaks) -> None:
-            for process in psutil.Process(pid).children(recursive=True):
+            for process in _family(pid):
                 try:
                     role = next((r for part, r in ROLES.items() if any(part in c for c in process.cmdline()[:2])), None)
                     own = process.memory_full_info().uss / 2**20 if role else 0.0
@@ -192,7 +199,8 @@ def memory(folder: Path, counts: list[int]) -> list[dict[str, Any]]:
                     continue
                 if role:
                     peaks[role] = max(peaks.get(role, 0.0), own)
-            peaks["driver"] = max(peaks.get("driver", 0.0), psutil.Process(pid).memory_full_info().uss / 2**20)
+            with suppress(psutil.Error):
+                peaks["driver"] = max(peaks.get("driver", 0.0), psutil.Process(pid).memory_full_info().uss / 2**20)
 
         seen = run({"actors": 1, "threads": 1, "workers": 1}, bundle, pictures, 64, 2048, watch)
         done = [(t, n) for t, n in seen if n]

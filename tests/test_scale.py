@@ -491,6 +491,7 @@ def test_what_cannot_be_meant_is_refused_before_ray_starts(bundle, photographs, 
         (lambda: embed(["nosuch://bucket/x"], bundle, out), ConfigError, "no file system that is installed"),
         (lambda: embed(given, bundle, out, engine="onnx"), ConfigError, "leave --engine out"),
         (lambda: predict(given, bundle, out, top_k=0), ConfigError, "top_k=0"),
+        (lambda: embed(given, bundle, out, here.Settings(workers=0)), ConfigError, "workers=0"),
         (lambda: Cluster(actors=0), ConfigError, "actors=0"),
     ):
         with pytest.raises(kind, match=told):

@@ -64,7 +64,9 @@ class Engine:
         return np.concatenate(out).astype(np.float32, copy=False)
 
 
-def choose(folder: str | PathLike[str], engine: str | None = None, features: bool = False) -> tuple[Path, Card, str]:
+def choose(
+    folder: str | PathLike[str], engine: str | None = None, features: bool = False, device: str = "cpu"
+) -> tuple[Path, Card, str]:
     """Where a bundle lies, what it says of itself, and the engine that would run it; raises as `open_engine`, and opens none."""
     path = bundle_in(folder)
     card = read_card(path)
@@ -74,6 +76,8 @@ def choose(folder: str | PathLike[str], engine: str | None = None, features: boo
             f"{path} was exported with its classifier, and puts out {len(card.classes)} classes, not features; export the model "
             "without a classifier (num_classes=0), or use `squeezevit predict`"
         )
+    if device != "cpu" and card.engine != "torch":
+        raise ConfigError(f"device={device}: {path} holds a model for {card.engine}, which runs on the CPU here; choose device=cpu")
     return path, card, name
 
 
@@ -97,9 +101,7 @@ def open_engine(
     >>> open_engine("my-vit").run(images).shape  # doctest: +SKIP
     (16, 1000)
     """
-    path, card, name = choose(folder, engine, features)
-    if device != "cpu" and card.engine != "torch":
-        raise ConfigError(f"device={device}: {path} holds a model for {card.engine}, which runs on the CPU here; choose device=cpu")
+    path, card, name = choose(folder, engine, features, device)
     if card.engine == "torch":
         call = _of_torch(path, threads, features, name == "compiled", device)
     elif name == "openvino":

@@ -116,7 +116,9 @@ class _Run:
 
     def __call__(self) -> Outcome:
         started = time.perf_counter()
-        path, card, self.engine = choose(self.bundle, self.asked, self.top is None)
+        if self.settings.workers == 0:
+            raise ConfigError("workers=0: on Ray photographs are decoded by tasks; give at least 1, or leave it out")
+        path, card, self.engine = choose(self.bundle, self.asked, self.top is None, self.cluster.device)
         if self.top is not None:
             if card.classes is None:
                 raise ConfigError(f"the model of {path} has no classes, so there is nothing to predict; use `squeezevit embed`")
