@@ -137,7 +137,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = pictures(Path(folder) / "data")
         whole = Path(folder) / "whole"
-        subprocess.run([sys.executable, *command(data, whole)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, *command(data, whole)], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         losses = [float(row["loss"]) for row in rows(whole)]
         sheet = Sheet(args.json, updates=3 * EPOCH, save_every=5)
         sheet.add({"killed": "nobody", "exit": 0, "epochs": len(losses), "losses": losses}, f"undisturbed: {losses}")
