@@ -8,7 +8,6 @@ epoch one agent and its process get SIGKILL. The run that is left is compared wi
 
 import csv
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from squeezevit.errors import CheckpointError
@@ -71,7 +71,7 @@ def command(data: Path, out: Path) -> list[str]:
 
 
 def agent(port: int, nodes: str, line: list[str]) -> subprocess.Popen:
-    """A machine: a torchrun of one process, in a session of its own so that all of it can be killed."""
+    """A machine: a torchrun of one process."""
     launch = ["-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
     launch += [f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1", "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -95,6 +95,13 @@ def rows(out: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
 
 
+def kill(agent: subprocess.Popen) -> None:
+    """The machine with all that runs on it: its worker has a session of its own."""
+    family = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
+    for process in family:
+        process.kill()
+
+
 def lose(data: Path, out: Path, killed: str) -> dict[str, Any]:
     """Two machines, of which one is killed: the one that holds the rendezvous, or the other."""
     with socket.socket() as free:
@@ -109,7 +116,7 @@ def lose(data: Path, out: Path, killed: str) -> dict[str, Any]:
             time.sleep(0.2)
         while updates(out) % EPOCH < 10 and left.poll() is None:
             time.sleep(0.1)
-        os.killpg(victim.pid, signal.SIGKILL)
+        kill(victim)
         at, kept = time.monotonic(), updates(out)
         while updates(out) <= kept and left.poll() is None:
             time.sleep(0.2)
@@ -118,7 +125,7 @@ def lose(data: Path, out: Path, killed: str) -> dict[str, Any]:
     finally:
         for process in (host, other):
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill(process)
     found = rows(out)
     told = {
         "killed": killed,
