@@ -73,7 +73,12 @@ def command(data: Path, out: Path) -> list[str]:
 def agent(port: int, nodes: str, line: list[str]) -> subprocess.Popen:
     """A machine: a torchrun of one process."""
     launch = ["-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
-    launch += [f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1", "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1"]
+    launch += [
+        f"--rdzv-endpoint=localhost:{port}",
+        "--rdzv-id=1",
+        "--local-addr=localhost",
+        "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = [sys.executable, *launch, *line]
     return subprocess.Popen(
