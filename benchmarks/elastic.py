@@ -100,6 +100,12 @@ def rows(out: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
 
 
+def world(agent: subprocess.Popen) -> int:
+    """How many processes the run has, by what torchrun told the worker of this machine."""
+    found = [p.environ().get("WORLD_SIZE") for p in psutil.Process(agent.pid).children()]
+    return max((int(size) for size in found if size), default=0)
+
+
 def kill(agent: subprocess.Popen) -> None:
     """The machine with all that runs on it: its worker has a session of its own."""
     family = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
@@ -121,6 +127,7 @@ def lose(data: Path, out: Path, killed: str) -> dict[str, Any]:
             time.sleep(0.2)
         while updates(out) % EPOCH < 10 and left.poll() is None:
             time.sleep(0.1)
+        processes = world(victim)
         kill(victim)
         at, kept = time.monotonic(), updates(out)
         while updates(out) <= kept and left.poll() is None:

@@ -224,7 +224,7 @@ def test_training_commands_are_configurations(offline, capsys):
         assert said.startswith("model:"), said
         if file:
             Path(file).write_text(said)
-    assert len(trained) == 10
+    assert len(trained) == 11
 
 
 # names and links
