@@ -1,8 +1,8 @@
 # `make demo` and `make test` do everything on a fresh clone: environment, installation, run.
 PYTHON ?= python3
 BIN := .venv/bin
-# tests that load other runtimes and compile C++: in a process of their own, after the others
-RUNTIMES := tests/test_export.py tests/test_predict.py
+# tests that load other runtimes, compile C++ or start Ray: in a process of their own, after the others
+RUNTIMES := tests/test_export.py tests/test_predict.py tests/test_scale.py
 INSTALLED := .venv/.installed
 
 .PHONY: demo demo-quick test lint types bench bench-gpu upgrade clean

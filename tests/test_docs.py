@@ -224,7 +224,7 @@ def test_training_commands_are_configurations(offline, capsys):
         assert said.startswith("model:"), said
         if file:
             Path(file).write_text(said)
-    assert len(trained) == 10
+    assert len(trained) == 11
 
 
 # names and links
@@ -368,6 +368,33 @@ def test_the_tables_of_the_vision_language_page_are_of_their_files():
         rows.sort(key=lambda row: -row["tokens"])
         assert cells == [f"{r['kl']:.3f} ± {r['kl_se']:.3f}" for r in rows] + [f"{100 * r['accuracy']:.1f}" for r in rows]
     assert len(found) == 22 and len(quality) == 1 + 4 * len(found)
+
+
+def test_the_tables_of_the_page_on_scale_are_of_their_files():
+    page, rows = ROOT / "docs" / "scale.md", results("scale")["rows"]
+    for cells, row in zip(table(page, "| MACs | method | recall@10"), results("recall")["rows"], strict=True):
+        assert cells == [
+            f"{100 * row['share']:.0f} %", row["label"], f"{row['recall_apart']:.3f} ± {row['recall_apart_se']:.3f}",
+            f"{row['recall_mixed']:.3f} ± {row['recall_mixed_se']:.3f}", f"{row['first_apart']:.3f}", f"{row['regret']:.4f}",
+        ]  # fmt: skip
+    memory = [row for row in rows if row["what"] == "memory"]
+    for cells, row in zip(table(page, "| photographs | actor"), memory, strict=True):
+        peaks = [f"{row['peak_mib'][role]:.0f}" for role in ("actor", "decoding task", "driver")]
+        assert cells == [f"{row['images']:,}", *peaks]
+    paper = [row for row in rows if row["what"] == "paper"]
+    for cells, row in zip(table(page, "| photographs | model | decoding"), paper, strict=True):
+        size = "{} x {}".format(*row["pixels"]) + (", draft" if row["draft"] else "")
+        times = [f"{row['decoding_ms']:.1f}", f"{row['model_ms']:.1f}"]
+        assert cells[:4] == [size, f"{row['format']}, {100 * row['share']:.0f} %", *times]
+        hours = [row["core_hours"][count] for count in ("1e+07", "1e+09")]
+        each = row["decoding_ms"] + row["model_ms"]
+        assert hours == pytest.approx([10**7 * each / 3.6e6, 10**9 * each / 3.6e6])
+        assert cells[4:] == [f"{100 * row['decoding_share']:.0f} %", *map(", ".join, zip(
+            (f"{h:,.0f}" for h in hours),
+            (f"{row['hours'][count]:.1f} h" for count in ("1e+07", "1e+09")),
+            (f"$ {row['dollars'][count]:,.0f}" for count in ("1e+07", "1e+09")),
+            strict=True,
+        ))]  # fmt: skip
 
 
 def test_one_preset_has_one_name():

@@ -18,6 +18,7 @@ ROOMS = (
     "bundle",
     "export",
     "embed",
+    "scale",
     "vlm",
     "compare",
     "cli",

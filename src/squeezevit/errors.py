@@ -40,5 +40,9 @@ class TrainingError(SqueezeViTError, RuntimeError):
     """A training run that cannot go on: a loss that is not finite, a checkpoint that cannot be written."""
 
 
+class RunError(SqueezeViTError, RuntimeError):
+    """A run over many photographs that cannot go on: Ray, a disk or a store failed; what is done stays."""
+
+
 class MissingExtraError(SqueezeViTError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""

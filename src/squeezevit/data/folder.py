@@ -5,6 +5,7 @@ numbered in the natural order of their folder names (2 before 10), images follow
 """
 
 import importlib.util
+import io
 import logging
 import os
 import re
@@ -391,25 +392,30 @@ def decoding() -> Iterator[None]:
         yield
 
 
-def image_or_reason(path: str, upright: bool = True, at_least: int | None = None) -> Any:
+def image_or_reason(path: str, upright: bool = True, at_least: int | None = None, content: bytes | None = None) -> Any:
     """What `read_image` gives, or a text that says why it cannot; many threads may call it, within one `decoding`.
 
     at_least: pixels that the shorter side needs, so that a JPEG of twice, four or eight times as many may be decoded to fewer.
+    content: of the file, where it was read already.
     """
     try:
-        return _decoded(path, upright, at_least)
+        return _decoded(path, upright, at_least, content)
     except Exception as error:
         return _reason(error, path)
 
 
-def _decoded(path: str, upright: bool, at_least: int | None) -> Any:
+def _decoded(path: str, upright: bool, at_least: int | None, content: bytes | None = None) -> Any:
     pillow = _pillow()
-    status = Path(path).stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
-    if status.st_size == 0:
+    if content is None:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        size = status.st_size
+    else:
+        size = len(content)
+    if size == 0:
         raise ValueError("empty file (0 bytes)")
-    with pillow.open(path, formats=_formats()) as image:
+    with pillow.open(path if content is None else io.BytesIO(content), formats=_formats()) as image:
         if max(image.size) > MAX_ASPECT * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels, one side over {MAX_ASPECT} times the other")
         if at_least is not None:
@@ -581,15 +587,19 @@ def _suffix(name: str) -> str:
 
 def images_in(folder: Path, unread: Counter[str] | None = None) -> Iterator[str]:
     """Paths of what can be read; what merely looks like an image is counted in `unread`."""
-    suffixes = {*_suffixes()}
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            suffix = "" if name.startswith(".") else _suffix(name)
-            if suffix in suffixes:
-                yield f"{parent}{os.sep}{name}"
-            elif suffix in _UNREAD and unread is not None:
-                unread[suffix] += 1
+        yield from (f"{parent}{os.sep}{name}" for name in sorted(files) if is_image(name, unread))
+
+
+def is_image(name: str, unread: Counter[str] | None = None) -> bool:
+    """Whether a file of this name can be read; one that merely looks like an image is counted in `unread`."""
+    suffix = "" if name.startswith(".") else _suffix(name)
+    if suffix in _suffixes():
+        return True
+    if suffix in _UNREAD and unread is not None:
+        unread[suffix] += 1
+    return False
 
 
 def _raise(error: OSError) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from squeezevit.bundle import ENGINES, Card, bundle_in, model_of, read_card
 from squeezevit.core.cut import description_of
+from squeezevit.data.models import to_device
 from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.export.engines import identity, opened
 from squeezevit.export.graph import OUTPUTS
@@ -62,20 +63,10 @@ class Engine:
         return np.concatenate(out).astype(np.float32, copy=False)
 
 
-def open_engine(
-    folder: str | PathLike[str], engine: str | None = None, threads: int | None = None, features: bool = False
-) -> Engine:
-    """The engine that runs a bundle; None: the one that it was exported to, and torch for one that was not.
-
-    threads: of the CPU, None: the engine's own choice. features: what goes into the classifier is put out, in place of what comes
-    from it; an exported model must have been exported without one.
-
-    Raises what `squeezevit.bundle.read_card` raises, ConfigError for an engine that the bundle does not hold or a classifier that
-    cannot be left out, MissingExtraError where the runtime is not installed, and CheckpointError where it cannot open the model.
-
-    >>> open_engine("my-vit").run(images).shape  # doctest: +SKIP
-    (16, 1000)
-    """
+def choose(
+    folder: str | PathLike[str], engine: str | None = None, features: bool = False, device: str = "cpu"
+) -> tuple[Path, Card, str]:
+    """Where a bundle lies, what it says of itself, and the engine that would run it; raises as `open_engine`, and opens none."""
     path = bundle_in(folder)
     card = read_card(path)
     name = _chosen(path, card, engine)
@@ -84,8 +75,34 @@ def open_engine(
             f"{path} was exported with its classifier, and puts out {len(card.classes)} classes, not features; export the model "
             "without a classifier (num_classes=0), or use `squeezevit predict`"
         )
+    if device != "cpu" and card.engine != "torch":
+        raise ConfigError(f"device={device}: {path} holds a model for {card.engine}, which runs on the CPU here; choose device=cpu")
+    return path, card, name
+
+
+def open_engine(
+    folder: str | PathLike[str],
+    engine: str | None = None,
+    threads: int | None = None,
+    features: bool = False,
+    device: str = "cpu",
+) -> Engine:
+    """The engine that runs a bundle; None: the one that it was exported to, and torch for one that was not.
+
+    threads: of the CPU, None: the engine's own choice. features: what goes into the classifier is put out, in place of what comes
+    from it; an exported model must have been exported without one. device: of torch, for a bundle of torch; exported models run on
+    the CPU.
+
+    Raises what `squeezevit.bundle.read_card` raises, ConfigError for an engine that the bundle does not hold, a device that is not
+    there or a classifier that cannot be left out, MissingExtraError where the runtime is not installed, and CheckpointError where
+    it cannot open the model.
+
+    >>> open_engine("my-vit").run(images).shape  # doctest: +SKIP
+    (16, 1000)
+    """
+    path, card, name = choose(folder, engine, features, device)
     if card.engine == "torch":
-        call = _of_torch(path, card, threads, features, name == "compiled")
+        call = _of_torch(path, card, threads, features, name == "compiled", device)
     else:
         run = opened(name, path, card.exported.get("hint", "fp32"), threads)
         call = lambda images: run(images)[0]  # noqa: E731
@@ -105,10 +122,10 @@ def _chosen(folder: Path, card: Card, engine: str | None) -> str:
     return engine or held[0]
 
 
-def _of_torch(folder: Path, card: Card, threads: int | None, features: bool, compiled: bool) -> Run:
+def _of_torch(folder: Path, card: Card, threads: int | None, features: bool, compiled: bool, device: str) -> Run:
     if threads is not None:
         torch.set_num_threads(threads)
-    model = model_of(folder, card)
+    model = to_device(model_of(folder, card), device)
     if features:
         _without_classifier_(model, folder)
     about = description_of(model)
@@ -117,9 +134,9 @@ def _of_torch(folder: Path, card: Card, threads: int | None, features: bool, com
         runs = torch.compile(runs, fullgraph=True)
 
     def run(images: np.ndarray) -> np.ndarray:
-        x = torch.tensor(images)  # a copy where torch wants it: the same numbers wherever the array lies
+        x = torch.tensor(images, device=device)  # a copy where torch wants it: the same numbers wherever the array lies
         with torch.inference_mode():
-            return _first(runs(*about.given(x), **about.named(x)), folder).float().numpy()
+            return _first(runs(*about.given(x), **about.named(x)), folder).float().cpu().numpy()
 
     return run
 

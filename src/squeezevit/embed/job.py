@@ -1,11 +1,9 @@
 """Folders of photographs through a model: reading, decoding and resizing go on while the model computes."""
 
 import logging
-import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -13,17 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from squeezevit.data.folder import decoding, image_or_reason, images_in, printable, unread_warning
+from squeezevit.bundle import Card
+from squeezevit.data.folder import decoding, images_in, printable, unread_warning
 from squeezevit.data.pixels import Preprocessing
 from squeezevit.embed import tables
 from squeezevit.embed.engines import Engine
-from squeezevit.embed.tables import FEATURES, NOT_FINITE, OK, PREDICTIONS, UNREADABLE, Journal, Row
+from squeezevit.embed.reading import ahead, at_least, pixels_of, usable_cores
+from squeezevit.embed.rows import classes_of, features_of, row_of
+from squeezevit.embed.tables import FEATURES, OK, PREDICTIONS, Journal, Row
 from squeezevit.errors import ConfigError, DataError
 from squeezevit.export.verified import padded
 
 Report = Callable[[str, int, int], None]  # what is done, files done, files in all
 SHOWN = 20  # rows, and unreadable files, that a result brings
-_ODD = "the model put out a number that is not finite"
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +48,16 @@ class Settings:
             raise ConfigError(f"batch_size={self.batch_size}: it must be at least 1")
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"workers={self.workers}: it must be 0 (read in this thread) or more")
+
+    def preprocessing(self, card: Card) -> Preprocessing:
+        """How photographs are made ready for a bundle's model."""
+        return card.preprocessing if self.upright is None else replace(card.preprocessing, upright=self.upright)
+
+
+def told(model: str, how: Preprocessing, draft: bool) -> Row:
+    """What a reader of a table must know: the model's id, and how photographs were made ready."""
+    values = how.to_dict() | {"draft": draft}
+    return {"model": model, "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def predict(
     names = _files(paths)
     journal = Journal(file, run.about("predict", {"top-k": top}), _sized(names))
     try:
-        seconds, new = run("predicting", names, journal, partial(_classes, engine, classes, top))
+        seconds, new = run("predicting", names, journal, partial(classes_of, engine, classes, top))
         done = _done(journal, (file,), new, seconds)
         journal.finish(lambda to: tables.write_predictions(to, journal.rows(), run.told(), top))
         return done
@@ -134,7 +144,7 @@ def embed(
         return Done(tuple(tables.beside(file)), 0, 0, (), (), 0, 0.0)  # all of them are in the table
     journal = Journal(file, run.about("embed", {"append": append}), _sized(names), before)
     try:
-        seconds, new = run("embedding", names, journal, partial(_features, engine))
+        seconds, new = run("embedding", names, journal, partial(features_of, engine))
         width = journal.width
         if width is None:
             first = next(journal.rows())
@@ -174,13 +184,10 @@ class _Run:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        upright = self.settings.upright
-        return self.engine.card.preprocessing if upright is None else replace(self.engine.card.preprocessing, upright=upright)
+        return self.settings.preprocessing(self.engine.card)
 
     def told(self) -> Row:
-        """What a reader of the table must know."""
-        how = self.preprocessing.to_dict() | {"draft": self.settings.draft}
-        return {"model": self.engine.id, "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in how.items()}}
+        return told(self.engine.id, self.preprocessing, self.settings.draft)
 
     def about(self, command: str, more: Row) -> Row:
         """What must be the same for a run to go on."""
@@ -197,7 +204,7 @@ class _Run:
                 images = [image for _, image in group if isinstance(image, np.ndarray)]
                 results, features = self._results(images, turn)
                 found = iter(results)
-                rows = [_row(name, image, found) for name, image in group]
+                rows = [row_of(name, image, found) for name, image in group]
                 journal.add(rows, features)
                 self._report(what, journal.done, len(files))
         return time.perf_counter() - start, len(files) - before
@@ -216,75 +223,18 @@ class _Run:
 
     def _read(self, files: list[str]) -> Iterator[list[tuple[str, np.ndarray | str]]]:
         """Batches of files with their images, or reasons why not."""
-        how, workers = self.preprocessing, _workers(self.settings.workers)
-        resize = max(how.resize) if isinstance(how.resize, tuple) else how.resize
-        read = partial(_image, how=how, at_least=2 * resize if self.settings.draft else None)
-        images = zip(files, _ahead(read, files, workers, 2 * self.batch_size + workers), strict=True)
+        how, asked = self.preprocessing, self.settings.workers
+        workers = min(16, usable_cores()) if asked is None else asked
+        read = partial(_image, how=how, at_least=at_least(how, self.settings.draft))
+        images = zip(files, ahead(read, files, workers, 2 * self.batch_size + workers), strict=True)
         while group := list(islice(images, self.batch_size)):
             yield group
 
 
 def _image(path: str, how: Preprocessing, at_least: int | None) -> np.ndarray | str:
     """A file as the model takes it, float32 [3, H, W], or why not."""
-    image = image_or_reason(path, how.upright, at_least)
-    if isinstance(image, str):
-        return image
-    try:
-        return how(image)
-    except Exception as error:
-        return f"it cannot be made ready: {printable(repr(error))}"
-
-
-def _ahead(read: Callable[[str], np.ndarray | str], files: list[str], workers: int, most: int) -> Iterator[np.ndarray | str]:
-    """`map` by threads, in order, with at most so many results waiting. Pillow and NumPy let other threads run meanwhile."""
-    if workers == 0:
-        yield from map(read, files)
-        return
-    pool, waiting = ThreadPoolExecutor(workers, "reading"), deque[Future[np.ndarray | str]]()
-    try:
-        for file in files:
-            waiting.append(pool.submit(read, file))
-            if len(waiting) > most:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _workers(asked: int | None) -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, usable) if asked is None else asked
-
-
-def _row(name: str, image: np.ndarray | str, found: Iterator[Row]) -> Row:
-    result = {"status": UNREADABLE, "reason": image} if isinstance(image, str) else next(found)
-    return {"file": printable(name), **result}
-
-
-def _classes(engine: Engine, classes: Sequence[str], top: int, logits: np.ndarray) -> tuple[list[Row], None]:
-    if logits.shape[1] != len(classes):
-        raise ConfigError(
-            f"the model of {engine.folder} puts out {logits.shape[1]} numbers, and its card names {len(classes)} classes; save or "
-            "export it again with a name for each"
-        )
-    return [_likely(row, classes, top) for row in logits.astype(np.float64)], None
-
-
-def _likely(logits: np.ndarray, classes: Sequence[str], top: int) -> Row:
-    """The likeliest classes of one photograph, from its logits float64 [K]."""
-    if not np.isfinite(logits).all():
-        return {"status": NOT_FINITE, "reason": _ODD}
-    shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
-    best = np.argsort(-logits, kind="stable")[:top]
-    return {"status": OK, "reason": None, "top": [[classes[i], float(f"{shares[i]:.6g}")] for i in best]}
-
-
-def _features(engine: Engine, features: np.ndarray) -> tuple[list[Row], np.ndarray]:
-    finite = np.isfinite(features).all(axis=1)
-    failed = {"status": NOT_FINITE, "reason": _ODD}
-    return [{"status": OK, "reason": None} if good else failed for good in finite], features[finite]
+    pixels = pixels_of(path, how, at_least)
+    return pixels if isinstance(pixels, str) else how.scaled(pixels)
 
 
 def _done(journal: Journal, out: tuple[Path, ...], new: int, seconds: float) -> Done:

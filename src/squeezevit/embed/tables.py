@@ -39,7 +39,7 @@ class Journal:
             self._rows, self._features = ((self.folder / name).open("ab", buffering=0) for name in (_ROWS, _BLOCKS))
         except OSError as error:
             raise ConfigError(f"--out {out} cannot be written ({error.strerror}); choose a file in a folder of your own") from error
-        if not _locked(self._rows):
+        if not locked(self._rows):
             self.close()
             raise ConfigError(f"another process is writing {out}; wait for it, or choose another --out")
         self.done = 0  # files
@@ -150,7 +150,7 @@ def _whole(file: IO[bytes], content: bytes) -> None:
         content = content[file.write(content) :]
 
 
-def _locked(file: IO[bytes]) -> bool:
+def locked(file: IO[bytes]) -> bool:
     """Lock a file until it is closed; False where another process holds it. Windows has no such lock."""
     try:
         import fcntl
@@ -180,15 +180,25 @@ def write_predictions(file: Path, rows: Iterable[Row], about: Row, top: int) -> 
     elif file.suffix == ".json":
         _predictions_json(file, rows, about)
     else:
-        text, number = _pyarrow().string(), _pyarrow().float64()
-        listed = _pyarrow().list_
-        kinds = {"file": text, "status": text, "reason": text, "class": text, "probability": number}
-        kinds |= {"top_classes": listed(text), "top_probabilities": listed(number)}
-        _write_parquet(file, kinds, map(_flat, rows), about)
+        _write_parquet(file, prediction_kinds(), map(flat, rows), about)
 
 
-def _flat(row: Row) -> Row:
-    """A row as a Parquet file has it."""
+def prediction_kinds() -> Row:
+    """The columns of predictions in a Parquet file."""
+    arrow = _pyarrow()
+    text, number = arrow.string(), arrow.float64()
+    kinds = {"file": text, "status": text, "reason": text, "class": text, "probability": number}
+    return kinds | {"top_classes": arrow.list_(text), "top_probabilities": arrow.list_(number)}
+
+
+def feature_kinds(width: int) -> Row:
+    """The columns of features of so many numbers in a Parquet file."""
+    text = _pyarrow().string()
+    return {"file": text, "status": text, "reason": text, "features": _pyarrow().list_(_pyarrow().float32(), width)}
+
+
+def flat(row: Row) -> Row:
+    """Predictions as a row of a Parquet file."""
     top = row.get("top") or []
     classes, probabilities = zip(*top, strict=True) if top else (None, None)
     best = top[0] if top else (None, None)
@@ -262,9 +272,7 @@ def _features_parquet(file: Path, journal: Journal, about: Row, width: int, old:
         for row in journal.rows():
             yield {**row, "features": next(features) if row["status"] == OK else None}
 
-    text = _pyarrow().string()
-    kinds = {"file": text, "status": text, "reason": text, "features": _pyarrow().list_(_pyarrow().float32(), width)}
-    _write_parquet(file, kinds, rows(), about)
+    _write_parquet(file, feature_kinds(width), rows(), about)
 
 
 def _write_parquet(file: Path, kinds: Row, rows: Iterator[Row], about: Row) -> None:
