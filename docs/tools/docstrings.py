@@ -1,4 +1,4 @@
-"""The library's docstrings as Markdown: prose with `name: meaning`, shapes in brackets, `>>>` examples and comments behind fields."""
+"""The library's docstrings as Markdown: prose with `name: meaning`, shapes, `>>>` examples, and comments behind fields."""
 
 import re
 import textwrap
@@ -8,6 +8,7 @@ from typing import Any
 import griffe
 
 BLOCKS = re.compile(r"\n\s*\n")
+SENTENCE = re.compile(r"(?<=\.)\n(?=\s*[A-Z`])")  # one that begins its line ends the list before it
 FIELD = re.compile(r"^\s+(?:self\.)?(?P<name>[a-z]\w*)\s*:.*?\s{2}# (?P<comment>.+)$")
 
 
@@ -19,10 +20,20 @@ class Prose(griffe.Extension):
             field = cls.members.get(name)
             if isinstance(field, griffe.Attribute) and field.docstring is None:
                 field.docstring = griffe.Docstring(comment, parent=field)
+        if any(str(base) == "NamedTuple" for base in cls.bases):
+            cls.set_member("__init__", constructor(cls))
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value, set(names(obj)))
+
+
+def constructor(cls: griffe.Class) -> griffe.Function:
+    """What makes a named tuple: its fields in their order, which nobody wrote as a signature."""
+    fields = [field for field in cls.members.values() if isinstance(field, griffe.Attribute) and field.annotation is not None]
+    kind = griffe.ParameterKind.positional_or_keyword
+    parameters = [griffe.Parameter(f.name, annotation=f.annotation, kind=kind, default=f.value) for f in fields]
+    return griffe.Function("__init__", parameters=griffe.Parameters(griffe.Parameter("self", kind=kind), *parameters), parent=cls)
 
 
 def comments(lines: Iterable[str]) -> list[tuple[str, str]]:
@@ -69,10 +80,15 @@ def block_as_markdown(block: str, known: set[str]) -> str:
         return f"```pycon\n{code}\n```"
     if all(line.startswith("    ") for line in block.splitlines()):
         return block
-    words = re.sub(r"<(?=[a-zA-Z/])", "&lt;", " ".join(block.split()))
-    starts = "|".join(sorted(map(re.escape, known), key=len, reverse=True))
-    if not starts:
+    parts = [told(chunk, "|".join(sorted(map(re.escape, known), key=len, reverse=True))) for chunk in SENTENCE.split(block)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def told(chunk: str, names: str) -> str:
+    """Sentences, then a list of the names that they explain."""
+    words = re.sub(r"<(?=[a-zA-Z/])", "&lt;", " ".join(chunk.split()))
+    if not names:
         return words
-    before, *found = re.split(rf"(?:^|(?<=[.;:] ))({starts})((?:, (?:{starts}))*): ", words)
+    before, *found = re.split(rf"(?:^|(?<=[.;:] ))({names})((?:, (?:{names}))*): ", words)
     items = [f"- **`{first}{others}`**: {text.strip()}" for first, others, text in zip(*[iter(found)] * 3, strict=True)]
     return "\n\n".join(part for part in (before.strip(), "\n".join(items)) if part)

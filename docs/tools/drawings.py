@@ -16,13 +16,15 @@ STYLE = """
 svg.how { --ink: #1c2127; --muted: #5c6570; --line: #b9c2cc; --paper: #ffffff; --keep: #cf3f12; --prune: #68707b; --cool: #0a5fb4;
   font: 14px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 @media (prefers-color-scheme: dark) {
-  svg.how { --ink: #e8ebee; --muted: #a6afba; --line: #55606b; --paper: #1e2129; --keep: #ff8552; --prune: #a6afba; --cool: #62adff; }
+  svg.how { --ink: #e8ebee; --muted: #a6afba; --line: #55606b; --paper: #1e2129;
+    --keep: #ff8552; --prune: #a6afba; --cool: #62adff; }
 }
 svg.how text { fill: var(--ink); } svg.how .muted { fill: var(--muted); } svg.how .title { font-weight: 600; font-size: 15px; }
 svg.how .line { stroke: var(--line); fill: none; } svg.how .arrow { stroke: var(--ink); stroke-width: 1.6; fill: none; }
 svg.how .keep { fill: var(--keep); } svg.how .prune { fill: var(--prune); } svg.how .cool { fill: var(--cool); }
 svg.how .on { fill: var(--paper); font-weight: 600; }
-svg.how .box { fill: none; stroke: var(--ink); stroke-width: 1.4; } svg.how .stage { fill: none; stroke: var(--keep); stroke-width: 2.4; }
+svg.how .box { fill: none; stroke: var(--ink); stroke-width: 1.4; }
+svg.how .stage { fill: none; stroke: var(--keep); stroke-width: 2.4; }
 """
 HEAD = '<defs><marker id="{id}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
 TIP = '<path d="M0 0.6 7.4 4 0 7.4z" style="fill: context-stroke"/></marker></defs>'
@@ -46,9 +48,12 @@ def arrow(x1: float, y1: float, x2: float, y2: float, name: str) -> str:
 
 def drawing(name: str, height: int, title: str, parts: Iterable[str]) -> str:
     """A whole file; its title is what a screen reader says."""
-    head = f'<svg class="how" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{name}-title">'
+    label = f'role="img" aria-labelledby="{name}-title"'
+    head = f'<svg class="how" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {label}>'
     tip = HEAD.format(id=f"{name}-tip") + TIP
-    return "\n".join([head, f'<title id="{name}-title">{escape(title)}</title>', f"<style>{STYLE}</style>", tip, *parts, "</svg>\n"])
+    return "\n".join(
+        [head, f'<title id="{name}-title">{escape(title)}</title>', f"<style>{STYLE}</style>", tip, *parts, "</svg>\n"]
+    )
 
 
 def counts(n: int, keep: float, at: Sequence[int], depth: int) -> list[int]:
@@ -73,7 +78,7 @@ def stages() -> str:
             parts.append(text(x + wide / 2, floor - h - 8, str(n), "title", "middle"))
     parts += [text(22, floor + 40, "block", "muted"), text(72, 38, "patch tokens", "muted")]
     parts += [text(500, floor + 40, "stages at blocks 3, 6 and 9, keep = 0.5", "muted", "end")]
-    said = "Twelve blocks of a vision transformer; after the stages at blocks 3, 6 and 9 half of the patch tokens are left: 196, 98, 49, 25"
+    said = "Twelve blocks; after the stages at blocks 3, 6 and 9 half of the patch tokens are left: 196, 98, 49, 25"
     return drawing("stages", 250, said, parts)
 
 
@@ -146,13 +151,24 @@ def stage() -> str:
         parts.append(rect(x + 4, y + side - 9, (side - 8) * SCORES[i], 5, style="fill: #1c2127", round_=1))
         x, y = corner(3, i)
         j = host.get(i, i)
-        parts.append(rect(x, y, step, step, style=fill(fused(j, [k for k in pruned if host[k] == j])) + "; shape-rendering: crispEdges", round_=0))
+        parts.append(
+            rect(
+                x,
+                y,
+                step,
+                step,
+                style=fill(fused(j, [k for k in pruned if host[k] == j])) + "; shape-rendering: crispEdges",
+                round_=0,
+            )
+        )
     parts += [boundary(corner, host, step)]
     for i in pruned:
         (x1, y1), (x2, y2) = heart(i), heart(host[i])
         far = math.hypot(x2 - x1, y2 - y1)
         parts.append(arrow(x1, y1, x2 - 12 * (x2 - x1) / far, y2 - 12 * (y2 - y1) / far, "stage"))
-    said = "Sixteen patches of a house in a landscape: scored, split into eight reserved and eight pruned, each pruned one matched to the reserved one most like it, and fused into it"
+    said = (
+        "Sixteen patches of a house: scored, split into reserved and pruned, each pruned one matched to its host and fused into it"
+    )
     return drawing("stage", 560, said, parts)
 
 
@@ -183,7 +199,9 @@ def weights() -> str:
         x += wide
     formulas = ("e / sum", "exp(0.9) / sum", "exp(0.5) / sum")
     parts += [text(500, 95 + 24 * level, formula, "muted", "end") for level, formula in enumerate(formulas)]
-    said = "The weights of a host and two pruned tokens in the fused token: " + ", ".join(f"{100 * share:.0f} %" for share in shares)
+    said = "The weights of a host and two pruned tokens in the fused token: " + ", ".join(
+        f"{100 * share:.0f} %" for share in shares
+    )
     return drawing("weights", 160, said, parts)
 
 
@@ -206,15 +224,25 @@ def blocks() -> str:
 def mass() -> str:
     """One token that stands for twenty: what later attention gives it, without and with log(mass)."""
     one, group = math.exp(2.0), math.exp(1.0)
-    cases = (("20 tokens, each with logit 1", 20 * group), ("one fused token", group), ("one fused token, + log(20)", group * math.exp(math.log(20))))
+    cases = (
+        ("20 tokens, each with logit 1", 20 * group),
+        ("one fused token", group),
+        ("one fused token, + log(20)", group * math.exp(math.log(20))),
+    )
     parts = []
     for row, (name, weight) in enumerate(cases):
         share, y = weight / (weight + one), 38 + 66 * row
         wide = 480 * share
-        parts += [text(20, y - 8, name), rect(20, y, wide - 1, 28, "keep"), rect(20 + wide + 1, y, 479 - wide, 28, "prune", "opacity: 0.55")]
+        parts += [
+            text(20, y - 8, name),
+            rect(20, y, wide - 1, 28, "keep"),
+            rect(20 + wide + 1, y, 479 - wide, 28, "prune", "opacity: 0.55"),
+        ]
         parts += [text(20 + wide / 2, y + 19, f"{100 * share:.0f} %", "on", "middle")]
     parts += [text(20, 230, "share of a query's attention, beside one other token with logit 2", "muted")]
-    said = "Twenty equal tokens get 88 % of a query's attention, one fused token 27 %, and 88 % again with log(20) added to its logit"
+    said = (
+        "Twenty equal tokens get 88 % of a query's attention, one fused token 27 %, and 88 % again with log(20) added to its logit"
+    )
     return drawing("mass", 245, said, parts)
 
 

@@ -6,7 +6,6 @@ file has on the site. A page of tokens in the browser, `site/page/`, that anothe
 
 import posixpath
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,19 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
-
 import listings
 import messages
 import results
 
+ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<=\]\()(?!https?://|#|mailto:)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 PART = re.compile(r"^<!-- README\.md: (.+) -->$", re.M)
+ALONE = re.compile(r"^<!-- site: (.+) -->$", re.M)  # what only the site has, and a code host should not show
 DRAWING = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<path>(?:\.\./)*how/[\w-]+\.svg)\)")
 REPOSITORY = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
 SOURCES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+ELSEWHERE: set[str] = set()  # links to other sites, for a list
 MADE_IN_THE_BROWSER = "page/index.html"
 
 
@@ -41,7 +40,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_post_build(config: MkDocsConfig) -> None:
+    """Put the browser's page back, and list what leads elsewhere: nobody follows those links here, as a build needs no network."""
     site = Path(config.site_dir)
+    (site / "links.txt").write_text("".join(f"{link}\n" for link in sorted(ELSEWHERE)))
     if (site / ".page").is_dir():
         (site / ".page").rename(site / "page")
 
@@ -70,16 +71,27 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     source = SOURCES.get(uri, f"docs/{uri}")
     markdown = PART.sub(lambda found: relinked(section(found[1]), "README.md", uri, files), markdown)
-    markdown = relinked(markdown, source, uri, files)
+    markdown = relinked(ALONE.sub(r"\1", markdown), source, uri, files)
     if uri == "index.md":
-        markdown = markdown.replace("<!-- page -->", invitation(Path(config.site_dir)))
+        markdown = markdown.replace("<!-- buttons -->", buttons(Path(config.site_dir)))
+        markdown = re.sub(r"^\| \[README\].*\n", "", markdown, flags=re.M)  # whose parts stand here
+        page.meta["hide"] = ["navigation", "toc"]
+    if uri.startswith("benchmarks/"):
+        page.meta["hide"] = ["toc"]  # tables take the room
     return DRAWING.sub(lambda found: drawing(found, source), markdown)
 
 
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """A script of ours for pages opened from the disk, where the theme would ask another machine for one."""
+    ELSEWHERE.update(re.findall(r'<a [^>]*href="(https?://[^"]+)"', output))
+    own = posixpath.relpath("assets/worker.js", posixpath.dirname(page.file.dest_uri) or ".")
+    return output.replace("https://unpkg.com/iframe-worker/shim", own)
+
+
 def section(title: str) -> str:
-    """The text under a heading of the README."""
+    """The text under a heading of the README, up to the next section."""
     text = (ROOT / "README.md").read_text()
-    return text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0].strip("\n")
+    return re.split(rf"^##? {re.escape(title)}\n", text, flags=re.M)[1].split("\n## ", 1)[0].strip("\n")
 
 
 def relinked(markdown: str, source: str, uri: str, files: Files) -> str:
@@ -119,8 +131,12 @@ def drawing(found: re.Match[str], source: str) -> str:
     return f'<figure class="drawing">{svg.strip()}</figure>'
 
 
-def invitation(site: Path) -> str:
-    """A way to the page that computes in the browser, where it was built."""
-    if not (site / ".page" / "index.html").exists():
-        return ""
-    return f'[Watch your own photograph squeeze, in this browser]({MADE_IN_THE_BROWSER}){{ .md-button .md-button--primary }}'
+def buttons(site: Path) -> str:
+    """Ways to begin; the page that computes in the browser is one of them where it was built."""
+    ways = [
+        "[Your first reduction](tutorials/first.md){ .md-button .md-button--primary }",
+        "[How it works](how-it-works.md){ .md-button }",
+    ]
+    if (site / ".page" / "index.html").exists():
+        ways.append(f'<a class="md-button" href="{MADE_IN_THE_BROWSER}">Squeeze a photograph of yours in this browser</a>')
+    return " ".join(ways)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[2] / "src" / "squeezevit"
-KINDS = ("ConfigError", "UnsupportedError", "CheckpointError", "DataError", "TrainingError", "MissingExtraError")
+KINDS = ("ConfigError", "UnsupportedError", "CheckpointError", "DataError", "TrainingError", "MissingExtraError", "OutOfReach")
 GAP = "\N{HORIZONTAL ELLIPSIS}"  # stands for what is filled in
 
 
@@ -27,7 +27,11 @@ def collect() -> Iterator[Message]:
             if isinstance(node, ast.Call) and node.args and called(node) in KINDS:
                 text = re.sub(rf"{GAP}(\s*{GAP})+", GAP, template(node.args[0], values))
                 if len(text.replace(GAP, "").split()) > 2:
-                    yield Message(called(node), path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."), text)
+                    yield Message(
+                        called(node).replace("OutOfReach", "ConfigError"),
+                        path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."),
+                        text,
+                    )
 
 
 def names(node: ast.Assign) -> list[ast.Name]:
@@ -62,13 +66,12 @@ def page() -> str:
     found = list(collect())
     parts = [
         "# All messages",
-        f"Every message of the library's own errors, {len(found)} of them, as its source has them; {GAP} stands for what is filled in: "
-        "your value, a name, a count. Each says what to do. [Troubleshooting](troubleshooting.md) says more about those that people meet.",
+        f"Every message of the library's own errors, {len(found)} of them, as its source has them; {GAP} stands for what is filled "
+        "in: your value, a name, a count. Each says what to do. [Troubleshooting](troubleshooting.md) says more about some.",
     ]
     for module in dict.fromkeys(message.module for message in found):
-        rows = "".join(
-            f"<tr><td>{escape(message.text)}</td><td><code>{message.kind}</code></td></tr>" for message in found if message.module == module
-        )
+        own = [message for message in found if message.module == module]
+        rows = "".join(f'<tr><td>{escape(text)}</td><td class="kind">{kind}</td></tr>' for kind, _, text in own)
         heads = "<thead><tr><th>message</th><th>error</th></tr></thead>"
         parts += [f"## {module}", f'<table class="messages">{heads}<tbody>{rows}</tbody></table>']
     return "\n\n".join(parts) + "\n"

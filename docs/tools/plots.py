@@ -27,12 +27,12 @@ def dots(points: Sequence[Point], unit: str, line: float | None = None) -> str:
     for label in labels:
         own = [(name, value) for other, name, value in points if other == label]
         drawn = "".join(
-            f'<b class="s{series.index(name) % 6}" style="left:{at(value)}" title="{escape(f"{name} {value:.4g}".strip())}"></b>'
+            f'<b class="dot-{series.index(name) % 6}" style="left:{at(value)}" title="{escape(f"{name} {value:.4g}".strip())}"></b>'
             for name, value in own
         )
         rows.append(f'<span class="label">{escape(label)}</span><span class="track">{grid}{mark}{drawn}</span>')
     axis = "".join(f'<em style="left:{at(tick)}">{tick:g}</em>' for tick in ticks)
-    keys = "".join(f'<li><b class="s{i % 6}"></b>{escape(name)}</li>' for i, name in enumerate(series) if name)
+    keys = "".join(f'<li><b class="dot-{i % 6}"></b>{escape(name)}</li>' for i, name in enumerate(series) if name)
     legend = f"<ul>{keys}</ul>" if keys else ""
     said = escape(f"{unit}: {len(labels)} rows from {min(values):.3g} to {max(values):.3g}; the table below has the numbers")
     return (
@@ -60,6 +60,8 @@ def short(reducer: str) -> str:
     >>> short("ETPS(keep=0.7, at=None, score='auto', mass=False)"), short("Identity()")
     ('ETPS(keep=0.7)', 'Identity()')
     """
-    common = r"(?:, )?(?:at=None|score='auto'|mass=False|train='masked'|normalize=False|match='tokens'|bias=True|seed=0|fuse='cosine')"
+    defaults = "at=None|score='auto'|mass=False|train='masked'|normalize=False|match='tokens'|bias=True|seed=0|fuse='cosine'"
+    common = rf"(?:, )?(?:{defaults})(?=[,)])"
     cleaned = re.sub(common, "", reducer)
+    cleaned = re.sub(r"^Squeeze\(keep=(\(.*?\)), at='quarters', score='mrmr', fuse='mass'\)$", r"training-free \1", cleaned)
     return re.sub(r"\d\.\d{4,}", lambda found: f"{float(found[0]):.2g}", cleaned)

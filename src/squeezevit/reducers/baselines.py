@@ -10,7 +10,10 @@ from squeezevit.errors import ConfigError
 
 @dataclass(frozen=True)
 class TopK(Staged):
-    """Between attention and MLP, tokens with little class attention are discarded: eTPS without the squeeze."""
+    """Between attention and MLP, tokens with little class attention are discarded: eTPS without the squeeze.
+
+    score: as for `ETPS`.
+    """
 
     score: Score = "auto"
 
