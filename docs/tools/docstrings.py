@@ -60,16 +60,10 @@ def names(obj: griffe.Object) -> Iterable[str]:
 def as_markdown(text: str, known: set[str]) -> str:
     """Paragraphs, with a list where they explain names and a block of code where they show some.
 
-    >>> print(as_markdown("Keep some. keep: a ratio. at: blocks;\\nascending.\\n\\n>>> f(1)\\n2", {"keep", "at"}))
-    Keep some.
-    <BLANKLINE>
-    - **`keep`**: a ratio.
-    - **`at`**: blocks; ascending.
-    <BLANKLINE>
-    ```pycon
-    >>> f(1)
-    2
-    ```
+    >>> as_markdown("Keep some. keep: a ratio. at: blocks;\\nascending.", {"keep", "at"}).splitlines()
+    ['Keep some.', '', '- **`keep`**: a ratio.', '- **`at`**: blocks; ascending.']
+    >>> as_markdown(chr(62) * 3 + " f(1)\\n2", set()).splitlines()
+    ['```pycon', '>>> f(1)', '2', '```']
     """
     return "\n\n".join(block_as_markdown(block, known) for block in BLOCKS.split(text.strip("\n")))
 
