@@ -24,9 +24,9 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# the pages as a site, in site/; a warning or a dead link is an error. What `make page` built in site/page stays
+# the pages as a site, in site/; a warning or a dead link is an error (--quiet would not hear them). site/page stays
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(INSTALLED)
 	$(BIN)/squeezevit bench --model deit_small_patch16_224 --batch-size 16 --json benchmarks/results/bench.json

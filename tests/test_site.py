@@ -114,6 +114,8 @@ def test_pages_of_results_hold_every_row():
 def test_a_page_of_results_has_its_numbers():
     page = results.pages()["benchmarks/training_free.md"]
     assert "42.4 ± 1.6" in page and "python benchmarks/training_free.py" in page and "AMD EPYC" in page
+    assert " G<" not in page, "it has no multiply-adds, so its charts have shares alone"
+    assert "1.65 G<" in results.pages()["benchmarks/demo.md"]
 
 
 @pytest.mark.parametrize("module", [docstrings, hooks, messages, plots, values], ids=lambda module: module.__name__)
