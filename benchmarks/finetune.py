@@ -11,26 +11,29 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 
 import squeezevit as sv
 from answers import Answers, write_tables
 from squeezevit.budget.plan import plan_macs
 from squeezevit.core.reducer import Reducer
+from squeezevit.train.warm import warm_heads_
 from tasks import DATA, TASKS, Pictures, Task, backbone, pack
 from training import Recipe, logits, train
-from workshop import RESULTS, arguments
+from workshop import RESULTS, arguments, say
 
 AT = (2, 4, 6, 8)
 SHARES = (0.5, 0.35)
-METHODS = ("etps", "etps+mass", "dtps", "dtps:topk", "evit", "dynamicvit", "topk", "tome", "random")
+METHODS = ("etps", "etps+mass", "dtps", "dtps:topk", "dtps:warm", "evit", "dynamicvit", "topk", "tome", "random")
 
 
 def make(method: str, share: float, task: Task, weights: Path | None) -> Reducer:
     """The reducer that costs this share of the unreduced model's MACs, its own cost included."""
     name, _, way = method.partition(":")
     reducer = plan_macs(backbone(task, weights), name, share, AT)
-    return replace(reducer, train=way) if way else reducer
+    return replace(reducer, train=way) if way in ("masked", "topk") else reducer
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,9 +56,18 @@ def run(args: argparse.Namespace) -> None:
         sv.load_checkpoint_(model, {k: v.cpu() for k, v in state.items()})
         torch.manual_seed(args.seed)
         sv.reduce_(model.to(args.device), reducer)
+        if ":warm" in name:
+            warm(model, pictures, this.rest, args)
         how = train(model, reducer, pictures, this.rest, recipe, dense, args.seed)
         this.note(name, share, reducer, model, logits(model, pictures, this.test), how)
         this.save()
+
+
+def warm(model: nn.Module, pictures: Pictures, index: np.ndarray, args: argparse.Namespace) -> None:
+    """Let the score heads begin with a ranking, on batches of the training part."""
+    generator = torch.Generator().manual_seed(args.seed)
+    chosen = (torch.from_numpy(index)[torch.randperm(len(index), generator=generator)[:64]] for _ in range(args.warm))
+    say(f"heads warmed on {args.warm} batches: {warm_heads_(model, (pictures.batch(part, generator) for part in chosen))}")
 
 
 def main() -> None:
@@ -71,6 +83,7 @@ def main() -> None:
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the unreduced model's MACs")
     parser.add_argument("--head-lr", type=float, default=Recipe.head_lr)
     parser.add_argument("--keep-ratio", type=float, default=Recipe.keep_ratio, help="weight of the keep-ratio loss")
+    parser.add_argument("--warm", type=int, default=300, help="batches of 64 that the heads of dtps:warm have before the training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune")
     args = parser.parse_args()

@@ -4,12 +4,15 @@
     python benchmarks/methods.py --device cuda --precision bf16
     python benchmarks/methods.py --model vit_small_patch14_dinov2 --image-size 112 --shares 0.65 0.5 0.44 0.35 --times-only \
         --json benchmarks/results/methods_dinov2_112.json        # the model of docs/training-free.md
+    python benchmarks/methods.py --batch-sizes 1 16 --times-only --methods training-free tome pitome ... \
+        --json benchmarks/results/rivals_cpu.json                # overhead of the rivals, docs/speed.md
 
 DeiT-S at 224 pixels, half of the multiply-adds. Alternating rounds in one run; memory of a forward in a process of its own.
 """
 
 import argparse
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--shares", nargs="*", type=float, default=(0.5,))
+    parser.add_argument("--batch-sizes", nargs="*", type=int, help="several, one run each; instead of --batch-size")
     parser.add_argument("--singles", type=int, default=60, help="forwards at batch 1")
     parser.add_argument("--times-only", action="store_true", help="no single images, no memory")
     parser.add_argument("--json", type=Path)
@@ -70,15 +74,15 @@ def main() -> None:
     model = timm.create_model(args.model, img_size=args.image_size).to(args.device).eval()
     setting = {name: getattr(args, name) for name in ("model", "image_size", "batch_size", "rounds", "precision")}
     sheet = Sheet(args.json or file_of("methods", args.device), args.device, **setting)
-    for share in args.shares:
+    for share, batch in product(args.shares, args.batch_sizes or [args.batch_size]):
         reducers = {"identity": sv.Identity(), **{m: plan_macs(model, m, share) for m in args.methods}}
-        speeds = measure(model, list(reducers.values()), args.batch_size, args.image_size, args.rounds, args.precision)
+        speeds = measure(model, list(reducers.values()), batch, args.image_size, args.rounds, args.precision)
         more = {} if args.times_only else singles(model, reducers, args)
         for name, speed in zip(reducers, speeds, strict=True):
             label, rest = method(name).label, more.get(name, {})
-            row = {"share": share, "method": name, "label": label, **asdict(speed), **rest}
+            row = {"share": share, "batch_size": batch, "method": name, "label": label, **asdict(speed), **rest}
             fast = f"speed-up {speed.speedup:.2f} ({speed.speedup_best:.2f}){overhead(speed)}"
-            sheet.add(row, f"{label}: {speed.macs_share:.1%} of MACs, {fast} {rest or ''}")
+            sheet.add(row, f"{label} at batch {batch}: {speed.macs_share:.1%} of MACs, {fast} {rest or ''}")
     sheet.save()
 
 

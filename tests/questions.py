@@ -1,6 +1,6 @@
 """One list of questions, asked by test_questions.py of every reducer in every kind of model. A question is a function of a `Case`.
 
-A new method or family answers all of them by one more line in zoo.REDUCERS or zoo.KINDS.
+A new method or family answers all of them by one more line in zoo.REDUCERS, or zoo.RIVALS, or zoo.KINDS.
 """
 
 import copy
@@ -25,6 +25,7 @@ from squeezevit.core import proof
 from squeezevit.core.block import state_of
 from squeezevit.core.reducer import Reducer, Staged
 from squeezevit.errors import UnsupportedError
+from squeezevit.reducers.per_block import PerBlock
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -41,7 +42,7 @@ class Case:
 
     @property
     def reducer(self) -> Reducer:
-        return zoo.REDUCERS[self.reducer_name]
+        return (zoo.REDUCERS | zoo.RIVALS)[self.reducer_name]
 
     @property
     def kind(self) -> zoo.Kind:
@@ -82,13 +83,17 @@ class Case:
         reducer, depth = self.reducer, 2
         if self.model != THOROUGH:
             depth = 2 if reducer.weighs or self.kind.rotary else 1
-            first = {"r": (9, 0)} if isinstance(reducer, sv.ToMe) else {"at": (0,)} if isinstance(reducer, Staged) else {}
+            first = {"r": (9, 0)} if isinstance(reducer, PerBlock) else {"at": (0,)} if isinstance(reducer, Staged) else {}
             reducer = replace(reducer, **first)
         return zoo.reduce(self.host(depth=depth), reducer)
 
 
 THOROUGH = "average-pool"  # where most can go wrong: masses reach the bias, the scores and the pooling
-VARIANTS = ("identity", "etps-received", "dtps-topk", "evit-normalize")  # the code of another line of zoo.REDUCERS but for one step
+TOLD_PLACES = "dinov3"  # where one rival answers, too, by turns: blocks are told the place of every token
+VARIANTS = (  # the code of another line of zoo.REDUCERS but for one step
+    *("identity", "etps-received", "dtps-topk", "evit-normalize"),
+    *("tofu", "merge-error", "shift"),
+)
 MAIN = tuple(name for name in zoo.REDUCERS if name not in VARIANTS)
 Question = Callable[[Case], None]
 QUESTIONS: list[tuple[Question, Case]] = []
@@ -111,6 +116,10 @@ def question_where(
             if not answers(kind):
                 continue
             chosen = thorough if model == THOROUGH else [MAIN[(i + number) % len(MAIN)]]
+            if model == THOROUGH:
+                chosen = [*chosen, *(name for name in zoo.RIVALS if thorough is not MAIN or name not in VARIANTS)]
+            elif model == TOLD_PLACES:
+                chosen = [*chosen, [*zoo.RIVALS][number % len(zoo.RIVALS)]]
             QUESTIONS.extend((ask, Case(model, reducer)) for reducer in chosen)
         return ask
 
@@ -160,9 +169,9 @@ def planned_counts(reducer: Reducer, patches: int = zoo.PATCHES, depth: int = zo
     """Patch tokens that leave each stage, by the oracle's arithmetic."""
     if isinstance(reducer, sv.Identity):
         return []
-    if isinstance(reducer, sv.ToMe):
+    if isinstance(reducer, PerBlock):
         counts = [patches]
-        for _ in range(depth):
+        for _ in reducer.stages(depth):
             counts.append(counts[-1] - min(reducer.r, counts[-1] // 2))
         return counts[1:]
     return stage_counts(type(reducer).__name__.lower(), patches, reducer.keep, len(reducer.stages(depth)))
@@ -440,10 +449,10 @@ def token_counts_are_as_planned(case):
     with sv.trace(model) as t:
         tokens = case.tokens(model, x)
     leaving = [*planned, zoo.PATCHES][0 if not planned else len(planned) - 1]
-    extra = isinstance(case.reducer, sv.EViT)
     assert tokens.shape == (3, zoo.prefix(model) + leaving, zoo.DIM)
     assert t.tokens.shape == (3, leaving, zoo.DIM)
-    assert [s.kept.shape[1] + extra for s in t.stages] == planned
+    assert [s.n_out for s in t.stages] == planned
+    assert all(s.n_out - s.kept.shape[1] == isinstance(case.reducer, sv.EViT | sv.PruMerge) for s in t.stages)
     assert [s.kept.shape[1] + s.pruned.shape[1] for s in t.stages] == [zoo.PATCHES, *planned][: len(planned)]
     assert [s.block for s in t.stages] == list(case.reducer.stages(zoo.DEPTH))
     for s in t.stages:

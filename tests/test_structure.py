@@ -19,6 +19,7 @@ ROOMS = (
     "export",
     "embed",
     "vlm",
+    "compare",
     "cli",
 )  # of which each is a folder
 ALONE = ("errors", "sums", "checkpoint", "extend")

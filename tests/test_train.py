@@ -1003,6 +1003,20 @@ def test_classes_that_differ_between_the_splits_are_a_mistake(tmp_path):
         data.open_folder(tmp_path)
 
 
+def test_heads_are_warmed_before_the_training(photos, tmp_path, caplog):
+    """The first update then begins with other heads, and a run that goes on from a checkpoint does not warm them again."""
+    learned = ["reducer.method=dtps", "epochs=1", "batch_size=8"]
+    with caplog.at_level("INFO"):
+        cold, warm = (train(config(photos, tmp_path / str(n), *learned, f"reducer.warm_steps={n}")) for n in (0, 5))
+    assert caplog.text.count("score heads warmed on 5 batches") == 1
+    assert cold.rows[0]["keep_ratio"] != warm.rows[0]["keep_ratio"]
+    caplog.clear()
+    train(config(photos, tmp_path / "5", *learned, "reducer.warm_steps=5"), resume=True)
+    assert "warmed" not in caplog.text
+    with pytest.raises(ConfigError, match="has no score heads to warm"):
+        train(config(photos, tmp_path / "no", "reducer.warm_steps=5"))
+
+
 def test_the_command_trains_prints_and_explains(photos, tmp_path, capsys):
     def run(*argv):
         with pytest.raises(SystemExit) as stop:

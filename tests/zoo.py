@@ -29,6 +29,7 @@ import squeezevit as sv
 from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import Reducer, Staged
 from squeezevit.reducers.catalog import method
+from squeezevit.reducers.per_block import PerBlock
 
 SIZE, PATCH, DIM, DEPTH, HEADS, CLASSES = 64, 8, 48, 4, 3, 10
 PATCHES = (SIZE // PATCH) ** 2
@@ -67,6 +68,19 @@ REDUCERS: dict[str, Reducer] = {
     "tome": sv.ToMe(r=9),
     "random": sv.Random(keep=0.6, seed=5),
     "preset": replace(method("training-free").template(), keep=0.8),
+}
+RIVALS: dict[str, Reducer] = {  # asked about in one kind of model, and by turns in another, where the ones above are in all
+    "pitome": sv.PiToMe(keep=0.85),
+    "tofu": sv.ToFu(r=9),
+    "mctf": sv.MCTF(r=9),
+    "diffrate": sv.DiffRate(keep=0.8),
+    "atc": sv.ATC(keep=0.9),
+    "zero-tprune": sv.ZeroTPrune(keep=0.6),
+    "merge-error": sv.MergeError(r=9),
+    "saint": sv.SAINT(keep=0.8),
+    "shift": sv.ETPS(keep=0.6, score="shift"),
+    "visionzip": sv.VisionZip(keep=0.6),
+    "prumerge": sv.PruMerge(keep=0.6, neighbours=8),
 }
 
 
@@ -361,7 +375,7 @@ def switched_off(reducer: Reducer) -> Reducer:
     """The same reducer, set so that it removes nothing."""
     if isinstance(reducer, Staged):
         return replace(reducer, keep=1.0)
-    return replace(reducer, r=0) if isinstance(reducer, sv.ToMe) else reducer
+    return replace(reducer, r=0) if isinstance(reducer, PerBlock) else reducer
 
 
 def images(count: int = 3, size: int | tuple[int, int] = SIZE, seed: int = 0) -> Tensor:

@@ -178,6 +178,7 @@ EXPERIMENTS = {
         "How fast and how true is a model in other runtimes?",
         dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1),
     ),
+    "overlap": Experiment("Elsewhere", "Reading beside the model", "How much of reading photographs hides behind the model?"),
     "vlm": Experiment(
         "Elsewhere",
         "Vision-language: cost",

@@ -11,7 +11,27 @@ from squeezevit.core.attach import reduce_, restore_
 from squeezevit.core.macs import macs
 from squeezevit.core.supported import listing as families
 from squeezevit.core.trace import pool, trace
-from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, Squeeze, ToMe, TopK
+from squeezevit.reducers import (
+    ATC,
+    DTPS,
+    ETPS,
+    MCTF,
+    SAINT,
+    DiffRate,
+    DynamicViT,
+    EViT,
+    Identity,
+    MergeError,
+    PiToMe,
+    PruMerge,
+    Random,
+    Squeeze,
+    ToFu,
+    ToMe,
+    TopK,
+    VisionZip,
+    ZeroTPrune,
+)
 from squeezevit.train import losses
 
 if TYPE_CHECKING:
@@ -23,16 +43,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ATC",
     "DTPS",
     "ETPS",
+    "MCTF",
+    "SAINT",
     "VLM",
+    "DiffRate",
     "DynamicViT",
     "EViT",
     "Identity",
+    "MergeError",
+    "PiToMe",
+    "PruMerge",
     "Random",
     "Squeeze",
+    "ToFu",
     "ToMe",
     "TopK",
+    "VisionZip",
+    "ZeroTPrune",
     "errors",
     "export",
     "families",

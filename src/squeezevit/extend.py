@@ -55,7 +55,7 @@ from squeezevit.core.cut import (
     trial_patches,
 )
 from squeezevit.core.evidence import Attention, is_plain, output
-from squeezevit.core.reducer import Carry, Heads, Reducer, Reduction, Stage, Staged
+from squeezevit.core.reducer import Carry, Heads, Reducer, Reduction, Scored, Stage, Staged
 from squeezevit.families import multihead
 from squeezevit.reducers.catalog import Look, Method, register
 
@@ -70,6 +70,7 @@ __all__ = [
     "Mixin",
     "Reducer",
     "Reduction",
+    "Scored",
     "Stage",
     "Staged",
     "TakesNoMask",

@@ -35,6 +35,16 @@ class SliceBefore(Slice):
     place = "before"
 
 
+@dataclass(frozen=True)
+class SliceAfter(Slice):
+    """The same, behind the block."""
+
+    place = "after"
+
+
+_SLICES = {"before": SliceBefore, "between": Slice, "after": SliceAfter}
+
+
 def limit_of(reducer: Reducer, at: tuple[int, ...], counts: tuple[int, ...]) -> Slice:
     """The limit of a reducer whose stages `at` let `counts` patch tokens out."""
-    return (SliceBefore if reducer.place == "before" else Slice)(at, counts)
+    return _SLICES[reducer.place](at, counts)

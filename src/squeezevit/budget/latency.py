@@ -61,7 +61,8 @@ class Profile:
         for block in range(self.depth):
             after = left.get(block, now)
             total += self.stage * now if after < now else 0.0
-            total += self._at(self.attention, after if reducer.place == "before" else now) + self._at(self.mlp, after)
+            total += self._at(self.attention, after if reducer.place == "before" else now)
+            total += self._at(self.mlp, now if reducer.place == "after" else after)
             now = after
         return total
 

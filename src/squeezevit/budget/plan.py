@@ -150,7 +150,7 @@ def like(
     at: Sequence[int] | None = None,
     image_size: Size = None,
 ) -> Reducer:
-    """A reducer by name and keep ratio; a method without keep ratios gets what costs the same as eTPS at this ratio.
+    """A reducer by name and keep ratio; a method of every block gets what costs the same as eTPS at this ratio.
 
     The model is left as it was.
 
@@ -158,7 +158,8 @@ def like(
     ToMe(r=(10, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11))
     """
     template = catalog.method(method).template()
-    if isinstance(template, Staged | Identity):
+    everywhere = at is None and getattr(template, "at", None) == "every"
+    if isinstance(template, Staged | Identity) and not everywhere:
         return catalog.staged(method, keep, at)
     with Meter(model, Setting(image_size=image_size)) as meter:
         share = meter.share(catalog.staged("etps", keep, at))

@@ -19,7 +19,7 @@ from torch import nn
 from squeezevit import sums
 from squeezevit.bench.machine import versions
 from squeezevit.bundle import hosts
-from squeezevit.checkpoint import load_checkpoint_, save_checkpoint
+from squeezevit.checkpoint import load_checkpoint_, read_checkpoint, save_checkpoint
 from squeezevit.core.attach import reduce_
 from squeezevit.core.cut import require_model
 from squeezevit.core.running import evaluation_mode, forward, images
@@ -105,9 +105,13 @@ def open_bundle(folder: str | PathLike[str]) -> tuple[nn.Module, Card]:
             f"{path} holds a model exported to {card.engine}, which runs without torch; run it by "
             f"`squeezevit predict --from {path}`, or load the bundle that it was exported from"
         )
-    model = rebuilt(card)
-    load_checkpoint_(model, path / WEIGHTS)
-    return model.eval(), card
+    return model_of(path, card), card
+
+
+def model_of(path: Path, card: Card) -> nn.Module:
+    """The model of the very bundle that `read_card` has just read, whose files are not summed up again."""
+    file = path / WEIGHTS
+    return load_checkpoint_(rebuilt(card), read_checkpoint(file, checked=True), str(file)).eval()
 
 
 def card_of(

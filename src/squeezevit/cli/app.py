@@ -12,6 +12,7 @@ from typing import Any, cast
 import typer
 
 from squeezevit.cli import faults, inputs, options, screen
+from squeezevit.cli.compare import compare
 from squeezevit.cli.export import export
 from squeezevit.cli.predict import embed, predict
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
@@ -385,7 +386,7 @@ def plan(
     inputs.write_json(json_file, {**header(device), "model": told, **asdict(made), "reducer": repr(made.reducer)})
 
 
-for _command in (export, predict, embed):
+for _command in (compare, export, predict, embed):
     app.command(cls=options.Command)(_command)
 
 

@@ -240,6 +240,74 @@ def batches(
     return folder.Batches(images, batch_size, workers)
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """Photographs in memory, [n, 3, H, W], their labels [n] where the model knows their classes, and why others are not there."""
+
+    images: Any
+    labels: Any
+    answers: bool  # whether the model is a classifier
+    unreadable: list[str]
+
+
+def pictures(
+    ready: Ready, data: Path, image_size: int | None, most: int, classes: Path | None, upright: bool, report: screen.Report
+) -> Pictures:
+    """At most so many photographs of a folder, spread over it, as the model, or its bundle, wants them.
+
+    Labels are those of class folders, where there are as many as the model has classes. Raises DataError where fewer than two
+    photographs can be read.
+    """
+    import numpy as np
+    import torch
+
+    from squeezevit.data import folder
+
+    card, how = ready.card, ready.preprocessing
+    transform = partial(_tensor, how) if how is not None else folder.eval_transform(ready.net, image_size)
+    outputs = _classes_of(ready.net)
+    found, labelled = _listed(data, transform, (card.classes if card is not None else None) or classes, upright, outputs)
+    count = min(most, len(found))
+    chosen = [i * len(found) // count for i in range(count)]
+    kept, labels, unreadable = [], [], []
+    for done, index in enumerate(chosen, start=1):
+        sample = found[index]
+        if sample.image is None:
+            unreadable.append(f"{found.samples[index][0]}: {sample.reason}")
+        else:
+            kept.append(sample.image)
+            labels.append(sample.label)
+        report("reading photographs", done, len(chosen))
+    if len(kept) < 2:
+        raise DataError(f"{data} holds {len(found)} images, {len(kept)} of them readable; give a folder of some tens")
+    return Pictures(torch.stack(kept), np.array(labels) if labelled else None, bool(outputs), unreadable)
+
+
+def _classes_of(net: Any) -> int:
+    """Of a classifier's outputs; 0 of a model that puts out features."""
+    config = getattr(net, "config", None)
+    if config is not None and hasattr(net, "classifier"):
+        return int(getattr(config, "num_labels", 0))
+    return int(getattr(net, "num_classes", 0) or 0)
+
+
+def _listed(data: Path, transform: Any, classes: Any, upright: bool, outputs: int) -> tuple[Any, bool]:
+    """The photographs of a folder, and whether their labels are of the model's classes; what is left unused is said."""
+    from squeezevit.data import folder
+
+    try:
+        found = folder.ImageFolder(data, transform, "val", classes, upright)
+    except DataError as error:
+        plain = folder.PlainFolder(data, transform, upright)
+        if outputs and classes is not None:
+            screen.note(f"photographs are compared without labels: {error}")
+        return plain, False
+    if outputs and len(found.classes) != outputs:
+        screen.note(f"{data} has {len(found.classes)} class folders and the model {outputs} classes: labels are not used")
+    found.warn()
+    return found, outputs > 0 and len(found.classes) == outputs
+
+
 def _tensor(how: "Preprocessing", image: Any) -> Any:
     import torch
 

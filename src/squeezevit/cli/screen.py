@@ -251,6 +251,37 @@ def print_bench(rows: Sequence[dict[str, Any]], setting: dict[str, Any]) -> None
     )
 
 
+def print_comparison(results: dict[str, Any]) -> None:
+    """What `squeezevit.compare` returned: best first within each share."""
+    machine, versions, labelled = results["machine"], results["versions"], "accuracy" in results["dense"]
+    measure, sizes = "accuracy" if labelled else "cosine", results["batch_sizes"]
+    rows: list[Sequence[str] | None] = [_compared(results["dense"], labelled)]
+    for share in dict.fromkeys(row["share"] for row in results["rows"]):
+        of_share = [row for row in results["rows"] if row["share"] == share]
+        rows += [None, *(_compared(row, labelled) for row in sorted(of_share, key=lambda row: -row[measure]))]
+    judged = ("accuracy, %", "lost, points", "rank", "cosine", "rank") if labelled else ("cosine", "rank")
+    table(
+        rows,
+        ("method",),
+        ("% dense", *judged, *(f"speed-up, batch {size}" for size in sizes)),
+        f"{results['model']}, {results['images']} images of {results['data']}, {results['rounds']} rounds",
+        f"{machine['cpu']}, {machine['device']}, {machine['threads']} threads; torch {versions['torch']}; ± one standard error; "
+        "rank: 1 and the number of methods told to be better (Holm, 5 %); speed-up: median of rounds (best against best)",
+    )
+
+
+def _compared(row: dict[str, Any], labelled: bool) -> tuple[str, ...]:
+    dense = row["method"] == "identity"
+    right = (
+        f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}",
+        "" if dense else f"{100 * row['loss']:+.1f} ± {100 * row['loss_se']:.1f}",
+        str(row.get("accuracy_rank", "")),
+    ) if labelled else ()  # fmt: skip
+    near = ("" if dense else f"{row['cosine']:.4f} ± {row['cosine_se']:.4f}", str(row.get("cosine_rank", "")))
+    times = (f"{at['speedup']:.2f}x ({at['speedup_best']:.2f}x)" for at in row["times"].values())
+    return (row["label"], f"{100 * row['macs_share']:.1f}", *right, *near, *times)
+
+
 def _speed(row: dict[str, Any]) -> tuple[str, ...]:
     tokens = [str(n) for n in row["tokens"]]
     return (

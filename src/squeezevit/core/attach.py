@@ -1,5 +1,6 @@
 """reduce_ and restore_: a block's class becomes a cached subclass of the library's own, whose forward runs the two halves with a
-stage between or before them. Nothing is wrapped and nothing is copied, so keys, isinstance, adapters, deepcopy and pickle stay.
+stage before, between or behind them. Nothing is wrapped and nothing is copied, so keys, isinstance, adapters, deepcopy and pickle
+stay.
 """
 
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def _proofs(about: Description, reducer: Reducer, stages: tuple[int, ...]) -> di
     depth, proofs = len(about.blocks), {}
     for i in range(stages[0] if stages else depth, depth):
         scored = reducer.scored and i in stages
-        records = scored and reducer.place == "between"
+        records = scored and reducer.place != "before"
         proofs[i] = prove(about.blocks[i], i, about.prefix, about.dim, scored, records, reducer.follows(training=True))
     return proofs
 

@@ -1,4 +1,4 @@
-"""One forward of a reduced block: the library's two halves, with a stage before or between them."""
+"""One forward of a reduced block: the library's two halves, with a stage before, between or behind them."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -195,13 +195,15 @@ class ReducedBlock(_Library):
             y = cut.attn_half(self, x, _as_bias(carry, own, x), **here)
             if leaving is not None:
                 y = ops.take(y, leaving)
+            attend = partial(_attend, self, x, lambda: here, lambda: own)
             if site.place == "between":
-                attend = partial(_attend, self, x, lambda: here, lambda: own)
                 y = site.reduce(forward, _stage(self, y, carry, attend, training))[0].tokens
+            ahead, y = y, cut.mlp_half(self, y)
+            if site.place == "after":
+                y = site.reduce(forward, _stage(self, y, carry, attend, training, ahead))[0].tokens
         finally:
             if recording is not None:
                 recording.drop()
-        y = cut.mlp_half(self, y)
         site.leave(forward, y, training)
         return (y, *[None] * (site.tupled - 1)) if site.tupled else y
 
@@ -211,14 +213,22 @@ class ReducedBlock(_Library):
         return ", ".join(filter(None, [super().extra_repr(), f"squeezevit: {where} of {site.state.reducer}"]))
 
 
-def _stage(block: ReducedBlock, tokens: Tensor, carry: Carry, attend: Callable[[], Attention], training: bool) -> Stage:
+def _stage(
+    block: ReducedBlock,
+    tokens: Tensor,
+    carry: Carry,
+    attend: Callable[[], Attention],
+    training: bool,
+    ahead: Tensor | None = None,
+) -> Stage:
     """What the reducer sees at this block's stage."""
     site = block.squeezevit_site
     state, stage, heads = site.state, cast(int, site.stage), site.state.heads
     k = state.reducer.count(stage, _length(tokens) - state.prefix, carry.n0)
     if heads is not None and training:
         warn_if_frozen(tokens, heads)
-    return Stage(tokens, state.prefix, k, stage, state.class_token, carry, attend, heads, training)
+    of_block = (site.block, state.depth, ahead)
+    return Stage(tokens, state.prefix, k, stage, state.class_token, carry, attend, heads, training, *of_block)
 
 
 def _attend(block: ReducedBlock, x: Tensor, rows: Callable[[], dict[str, Any]], pairs: Callable[[], Tensor | None]) -> Attention:

@@ -18,7 +18,8 @@ from squeezevit.core import kernels, ops
 from squeezevit.core.evidence import Attention
 from squeezevit.errors import ConfigError
 
-Score = Literal["auto", "cls", "received"]
+Score = Literal["auto", "cls", "received", "shift"]
+Place = Literal["before", "between", "after"]  # of a stage: before the block, between its halves, or behind them
 EPS = 1e-9  # 0.55 * 100 is 55.00000000000001 in binary: counts are rounded as the decimals the user wrote
 
 
@@ -38,7 +39,7 @@ class Reduction(NamedTuple):
     tokens: Tensor  # [B, P + outgoing patches, C], prefix first
     kept: Tensor  # [B, K]; kept token j goes out at position j
     pruned: Tensor  # [B, R]
-    hosts: Tensor | None = None  # [B, R], None where pruned tokens are discarded
+    hosts: Tensor | None = None  # [B, R], None where pruned tokens are discarded; fewer where the last of them are
     scores: Tensor | None = None  # [B, N]
     mass: Tensor | None = None  # [B, P + outgoing patches]
     logits: Tensor | None = None  # [B, N, 2], of a learned head in training
@@ -67,6 +68,9 @@ class Stage:
     attend: Callable[[], Attention]  # of the block this stage is in
     heads: nn.Module | None = None  # the learned heads of all stages
     training: bool = False
+    block: int = 0  # 0-based number of the block this stage is in
+    depth: int = 1  # blocks of the model
+    ahead: Tensor | None = None  # [B, P + N, C], the tokens ahead of the block's MLP half, at a stage behind it
 
     @property
     def n(self) -> int:
@@ -74,12 +78,28 @@ class Stage:
 
     def scores(self, score: Score = "auto") -> Tensor:
         """Importance of the patch tokens, [B, N] float32: class attention, or attention received where no class token is."""
+        if score == "shift":
+            return self.shift()
         if score == "received" or (score == "auto" and not self.class_token):
             a = self.attend()
             row = ops.received_attention(a.query(None), a.key(), ops.summed(a.pairs, self.carry.bias), self.carry.mass)
         else:
             row = self.class_attention()
         return row[:, self.prefix :]
+
+    def shift(self) -> Tensor:
+        """How far the block's MLP puts out from what it takes in, || MLP(LN(x)) - x ||_2, of the patch tokens: [B, N] float32.
+
+        At a stage behind the block alone, as one has whose reducer has score="shift". Section 3.3 of Choi et al., "Representation
+        Shift", ICCV 2025.
+        """
+        if self.ahead is None:
+            raise ConfigError(
+                f"stage {self.index} is not behind its block, where alone the shift is known; give score='shift', or the reducer "
+                "place = 'after'"
+            )
+        taken = ops.wide(self.ahead[:, self.prefix :])
+        return torch.linalg.vector_norm(ops.wide(self.tokens[:, self.prefix :]) - 2 * taken, dim=-1).float()
 
     def class_attention(self) -> Tensor:
         """Attention of the class token over all tokens, mean over heads: [B, P + N] float32."""
@@ -147,7 +167,7 @@ class Stage:
     def masses(self) -> Tensor:
         """What each incoming token stands for, [B, P + N] float32: 1 where nothing has been counted yet."""
         mass = self.carry.mass
-        return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.float32) if mass is None else mass
+        return self.tokens.new_full(self.tokens.shape[:2], 1.0, dtype=torch.float32) if mass is None else mass
 
     def merge_by_mass(self, tokens: Tensor, gone: Tensor, kept: Tensor, pruned: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each kept token with those it hosts, weighted by mass, and the masses [B, P + K] going out."""
@@ -155,6 +175,12 @@ class Stage:
         own, weights = mass.gather(1, self.rows(kept)), mass.gather(1, pruned + self.prefix)
         merged = ops.fuse(tokens, gone, hosts + self.prefix, own, weights)
         return merged, own.scatter_add(1, hosts + self.prefix, weights)
+
+    def merge(self, kept: Tensor, pruned: Tensor, hosts: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The kept tokens, each the mean of itself and those it hosts, weighted by `weights` [B, N] or plain: [B, P + K, C]."""
+        weights = torch.ones_like(self.masses()[:, self.prefix :]) if weights is None else weights
+        own = F.pad(weights.gather(1, kept), (self.prefix, 0), value=1.0)
+        return ops.fuse(self.keep(kept), self.take(pruned), hosts + self.prefix, own, weights.gather(1, pruned))
 
 
 class Heads(nn.Module):
@@ -192,9 +218,17 @@ class Heads(nn.Module):
 class Reducer:
     """What is done to the tokens, where, and how many stay. Subclasses are frozen dataclasses: intent, no state."""
 
-    place: ClassVar[Literal["before", "between"]] = "between"  # of a stage: before the block, or between its halves
     learned: ClassVar[bool] = False  # has a score head per stage
-    scored: ClassVar[bool] = True  # asks for attention evidence
+
+    @property
+    def place(self) -> Place:
+        """Of a stage; a class may set it as an attribute."""
+        return "between"
+
+    @property
+    def scored(self) -> bool:
+        """Whether stages ask for attention evidence; a class may set it as an attribute."""
+        return True
 
     @property
     def carries(self) -> bool:
@@ -329,6 +363,19 @@ class Staged(Reducer):
     def count(self, stage: int, n: int, n0: int) -> int:
         """K_j = ceil(keep_j * K_{j-1}), as EViT and eTPS; never 0."""
         return max(math.ceil(n * self.ratio(stage) - EPS), 1)
+
+
+@dataclass(frozen=True)
+class Scored(Staged):
+    """A reducer with a field `score`. Its stages are behind their blocks where that is "shift", which is known only there."""
+
+    @property
+    def place(self) -> Place:
+        return "after" if getattr(self, "score", None) == "shift" else "between"
+
+    @property
+    def scored(self) -> bool:
+        return getattr(self, "score", None) != "shift"
 
 
 def still_left(progress: float) -> float:

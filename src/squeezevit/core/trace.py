@@ -21,7 +21,7 @@ class StageTrace:
     scores: Tensor | None  # [B, N], None where the method does not score single tokens
     kept: Tensor  # [B, K]
     pruned: Tensor  # [B, R]
-    hosts: Tensor | None  # [B, R], outgoing positions; None where pruned tokens are discarded
+    hosts: Tensor | None  # [B, R], outgoing positions; None where pruned tokens are discarded, fewer where the last of them are
     logits: Tensor | None = None  # [B, N, 2], of a learned head in training
     decision: Tensor | None = None  # [B, N], 1 = keep, with gradient, of a learned head in training
 
@@ -29,7 +29,14 @@ class StageTrace:
         """For each incoming patch token the outgoing one it ended in, -1 if discarded (or squeezed, if not asked for): [B, N]."""
         out = self.kept.new_full((self.kept.shape[0], self.n), -1)
         out = out.scatter(1, self.kept, torch.arange(self.kept.shape[1], device=out.device).expand_as(self.kept))
-        return out.scatter(1, self.pruned, self.hosts) if squeezed and self.hosts is not None else out
+        if not squeezed or self.hosts is None:
+            return out
+        return out.scatter(1, self.pruned[:, : self.hosts.shape[1]], self.hosts)
+
+    @property
+    def discards(self) -> bool:
+        """Whether a patch token is gone without a host."""
+        return self.n_out < self.n and (self.hosts is None or self.hosts.shape[1] < self.pruned.shape[1])
 
 
 class Trace:

@@ -177,6 +177,19 @@ class ImageFolder(Dataset[Sample]):
         )
 
 
+class PlainFolder(ImageFolder):
+    """The images of a folder at any depth, in the order of their paths, all of label -1. Raises DataError where there are none."""
+
+    def __init__(self, root: str | Path, transform: Callable[[Any], Tensor], upright: bool = True) -> None:
+        _pillow()
+        self.transform, self.upright, self.numbered = transform, upright, True
+        self.unread, self.folder, self.classes = Counter[str](), Path(root), []
+        self.samples = [(path, -1) for path in images_in(self.folder, self.unread)]
+        if not self.samples:
+            raise DataError(f"{root} holds no image: expected files ending in {' '.join(_suffixes())}")
+        self.warn()
+
+
 class Batches:
     """Batches of the readable images of an `ImageFolder`, in its order; may be iterated again.
 

@@ -1,6 +1,5 @@
 """What runs a bundle: torch, torch compiled, onnxruntime or OpenVINO, all called alike, with arrays of NumPy."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -11,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from squeezevit.bundle import ENGINES, Card, bundle_in, load, read_card
+from squeezevit.bundle import ENGINES, Card, bundle_in, model_of, read_card
 from squeezevit.core.cut import description_of
-from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError
-from squeezevit.export.engines import HINTS, identity
+from squeezevit.errors import ConfigError, UnsupportedError
+from squeezevit.export.engines import identity, opened
 from squeezevit.export.graph import OUTPUTS
 from squeezevit.export.verified import padded
 
@@ -86,11 +85,10 @@ def open_engine(
             "without a classifier (num_classes=0), or use `squeezevit predict`"
         )
     if card.engine == "torch":
-        call = _of_torch(path, threads, features, name == "compiled")
-    elif name == "openvino":
-        call = _of_openvino(path, threads, card.exported.get("hint", "fp32"))
+        call = _of_torch(path, card, threads, features, name == "compiled")
     else:
-        call = _OPENERS[name](path, threads)
+        run = opened(name, path, card.exported.get("hint", "fp32"), threads)
+        call = lambda images: run(images)[0]  # noqa: E731
     return Engine(name, card, identity(card.engine, path), path, call)
 
 
@@ -107,10 +105,10 @@ def _chosen(folder: Path, card: Card, engine: str | None) -> str:
     return engine or held[0]
 
 
-def _of_torch(folder: Path, threads: int | None, features: bool, compiled: bool) -> Run:
+def _of_torch(folder: Path, card: Card, threads: int | None, features: bool, compiled: bool) -> Run:
     if threads is not None:
         torch.set_num_threads(threads)
-    model = load(folder)
+    model = model_of(folder, card)
     if features:
         _without_classifier_(model, folder)
     about = description_of(model)
@@ -145,70 +143,3 @@ def _first(out: Any, folder: Path) -> Tensor:
     raise UnsupportedError(
         f"the model of {folder} puts out a {type(out).__name__} without {', '.join(OUTPUTS)}; save another class"
     )
-
-
-def _of_onnx(folder: Path, threads: int | None) -> Run:
-    runtime = _installed("onnxruntime", "export", folder)
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    session = _opened(
-        folder / ENGINES["onnx"],
-        "onnxruntime",
-        lambda file: runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"]),
-    )
-    source, out = session.get_inputs()[0].name, session.get_outputs()[0].name
-    return lambda images: cast(np.ndarray, session.run([out], {source: images})[0])
-
-
-def _of_openvino(folder: Path, threads: int | None, hint: str = "fp32") -> Run:
-    """hint: what it computes in, "fp32" or "bf16"; its own choice differs by processor."""
-    runtime = _installed("openvino", "openvino", folder)
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[hint]} | (
-        {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-    )
-    model = _opened(folder / ENGINES["openvino"], "OpenVINO", lambda file: runtime.Core().compile_model(file, "CPU", settings))
-    return lambda images: cast(np.ndarray, model(images)[model.output(0)])
-
-
-def _of_program(folder: Path, threads: int | None) -> Run:
-    return _called(folder, threads, "program", lambda file: torch.export.load(file).module())
-
-
-def _of_package(folder: Path, threads: int | None) -> Run:
-    from torch._inductor import aoti_load_package
-
-    return _called(folder, threads, "aoti", aoti_load_package)
-
-
-def _called(folder: Path, threads: int | None, engine: str, open_: Callable[[str], Any]) -> Run:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    module = _opened(folder / ENGINES[engine], "torch", open_)
-
-    def run(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return _first(module(torch.tensor(images)), folder).float().numpy()
-
-    return run
-
-
-_OPENERS: dict[str, Callable[[Path, int | None], Run]] = {
-    "onnx": _of_onnx, "program": _of_program, "aoti": _of_package
-}  # fmt: skip
-
-
-def _installed(package: str, extra: str, folder: Path) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingExtraError(f'{folder} is run by {package}: run `pip install "squeezevit[{extra}]"` ({error})') from error
-
-
-def _opened(file: Path, runtime: str, open_: Callable[[str], Any]) -> Any:
-    try:
-        return open_(str(file))
-    except Exception as error:  # each runtime has its own
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{runtime} cannot open {file} ({first}); export the model again, on this machine") from error

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from squeezevit import sums
 from squeezevit.bundle import ENGINES
-from squeezevit.errors import ConfigError, MissingExtraError, UnsupportedError
+from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError
 from squeezevit.export.graph import quietly, reason
 
 Run = Callable[[np.ndarray], list[np.ndarray]]  # images [B, 3, H, W] -> all outputs
@@ -59,19 +60,37 @@ def write(program: ExportedProgram, to: str, folder: Path, outputs: list[str]) -
         ) from error
 
 
-def opened(to: str, folder: Path, hint: str = "fp32") -> Run:
-    """The written model, on as many threads as torch has."""
-    with quietly():
-        return _OPENERS[to](folder / ENGINES[to], hint)
+def opened(to: str, folder: Path, hint: str = "fp32", threads: int | None = None) -> Run:
+    """The written model in its runtime.
+
+    hint: what OpenVINO computes in, a key of `HINTS`, as its own choice differs by processor. threads: of the CPU, None: the
+    runtime's own choice. Raises MissingExtraError where the runtime is not installed, and CheckpointError where it cannot open the
+    model.
+    """
+    file, (package, extra), open_ = folder / ENGINES[to], _RUNTIMES[to], _OPENERS[to]
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(f'{folder} is run by {package}: run `pip install "squeezevit[{extra}]"` ({error})') from error
+    try:
+        with quietly():
+            return open_(file, hint, threads)
+    except Exception as error:  # each runtime has its own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{package} cannot open {file} ({first}); export the model again, on this machine, or to another format"
+        ) from error
 
 
 def identity(to: str, folder: Path) -> str:
-    """SHA-256 of the model's files, those beside it with its weights included."""
-    file, total = folder / ENGINES[to], hashlib.sha256()
-    for part in (file, file.with_suffix(".bin"), file.with_name(f"{file.name}.data")):
-        if part.is_file():
-            total.update(part.read_bytes())
-    return total.hexdigest()
+    """SHA-256 of the model's file, or of the sums of its files where its weights lie beside it.
+
+    A sum that is listed in the folder counts; `squeezevit.bundle.read_card` holds the files to it.
+    """
+    file = folder / ENGINES[to]
+    parts = (file, file.with_suffix(".bin"), file.with_name(f"{file.name}.data"))
+    found = [sums.of(part) for part in parts if part.is_file()]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def _write_onnx(program: ExportedProgram, file: Path, outputs: list[str]) -> None:
@@ -114,21 +133,22 @@ def _write_package(program: ExportedProgram, file: Path, outputs: list[str]) -> 
     aoti_compile_and_package(program, package_path=str(file))
 
 
-def _open_onnx(file: Path, hint: str) -> Run:
+def _open_onnx(file: Path, hint: str, threads: int | None) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
+    options.log_severity_level, options.intra_op_num_threads = 3, threads or 0
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})
+    source = session.get_inputs()[0].name
+    return lambda images: session.run(None, {source: images})
 
 
-def _open_openvino(file: Path, hint: str) -> Run:
+def _open_openvino(file: Path, hint: str, threads: int | None) -> Run:
     import openvino
 
-    settings = {
-        "INFERENCE_PRECISION_HINT": HINTS[hint], "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"
-    }  # fmt: skip
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[hint], "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
     request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
 
     def run(images: np.ndarray) -> list[np.ndarray]:
@@ -137,20 +157,24 @@ def _open_openvino(file: Path, hint: str) -> Run:
     return run
 
 
-def _open_program(file: Path, hint: str) -> Run:
-    return _of_torch(torch.export.load(file).module())
+def _open_program(file: Path, hint: str, threads: int | None) -> Run:
+    return _of_torch(torch.export.load(file).module(), threads)
 
 
-def _open_package(file: Path, hint: str) -> Run:
+def _open_package(file: Path, hint: str, threads: int | None) -> Run:
     from torch._inductor import aoti_load_package
 
-    return _of_torch(aoti_load_package(str(file)))
+    return _of_torch(aoti_load_package(str(file)), threads)
 
 
-def _of_torch(module: Callable[..., Any]) -> Run:
+def _of_torch(module: Callable[..., Any], threads: int | None) -> Run:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
     def run(images: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            return [value.numpy() for value in module(torch.from_numpy(images))]
+            out = module(torch.tensor(images))  # a copy where torch wants it: the same numbers wherever the array lies
+        return [value.numpy() for value in ([out] if isinstance(out, torch.Tensor) else out)]
 
     return run
 
@@ -158,6 +182,9 @@ def _of_torch(module: Callable[..., Any]) -> Run:
 _WRITERS: dict[str, Callable[[ExportedProgram, Path, list[str]], None]] = {
     "onnx": _write_onnx, "openvino": _write_openvino, "program": _write_program, "aoti": _write_package
 }  # fmt: skip
-_OPENERS: dict[str, Callable[[Path, str], Run]] = {
+_OPENERS: dict[str, Callable[[Path, str, int | None], Run]] = {
     "onnx": _open_onnx, "openvino": _open_openvino, "program": _open_program, "aoti": _open_package
+}  # fmt: skip
+_RUNTIMES = {  # the package of each, and the extra that brings it
+    "onnx": ("onnxruntime", "export"), "openvino": ("openvino", "openvino"), "program": ("torch", ""), "aoti": ("torch", "")
 }  # fmt: skip

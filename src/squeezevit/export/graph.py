@@ -20,6 +20,7 @@ from squeezevit.core.trace import trace
 from squeezevit.errors import UnsupportedError
 
 OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
+_WORDLESS = ("aten._assert_", "aten.sym_constrain_range", "aten.alias.")
 _MASK = "create_bidirectional_mask"
 _LOUD = ("onnx_ir", "onnxscript", "torch.onnx", "torch.export", "nncf", "root")  # what they log is for their own developers
 
@@ -61,7 +62,7 @@ def capture(module: Exportable, batch: int | None, size: tuple[int, int], scatte
     try:
         with quietly(), torch.no_grad(), without_hooks(module.model), _form(scatter), _unmasked(module.model):
             program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
-            program = _replaced(program, {} if scatter else _PRODUCTS)
+            program = _plain(_replaced(program, {} if scatter else _PRODUCTS))
     except Exception as error:  # whatever the capture stumbles over
         raise UnsupportedError(
             f"torch.export cannot capture this {type(module.model).__name__} at {size[0]} x {size[1]} pixels ({reason(error)}); "
@@ -146,20 +147,37 @@ def _graphs(program: ExportedProgram) -> list[Any]:
     return [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
 
 
+def _plain(program: ExportedProgram) -> ExportedProgram:
+    """The program without what formats have no word for: checks, which the capture has passed, and second names of a tensor."""
+    for module in (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
+        for node in [n for n in module.graph.nodes if n.op == "call_function"]:
+            if str(node.target) == "aten.alias.default":
+                node.replace_all_uses_with(node.args[0])
+            if str(node.target).startswith(_WORDLESS):
+                module.graph.erase_node(node)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+    return program
+
+
 def _replaced(program: ExportedProgram, table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
     found = {n.target for graph in _graphs(program) for n in graph.nodes}
     return program.run_decompositions(dict(table)) if found & {*table} else program
 
 
 def _scatter_add(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
-    hot = _one_hot(x, dim, index)
-    return x + torch.where(hot, rows.movedim(dim, -1)[..., None], 0).sum(-2).movedim(-1, dim).to(x.dtype)
+    return x + _brought(_one_hot(x, dim, index), dim, rows).to(x.dtype)
 
 
 def _scatter(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
     hot = _one_hot(x, dim, index)
-    new = torch.where(hot, rows.movedim(dim, -1)[..., None], 0).sum(-2).movedim(-1, dim).to(x.dtype)
-    return torch.where(hot.sum(-2).movedim(-1, dim) > 0, new, x)
+    return torch.where(hot.sum(-2).movedim(-1, dim) > 0, _brought(hot, dim, rows).to(x.dtype), x)
+
+
+def _brought(hot: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """What comes to each place: sums of entries, and 0 where none goes."""
+    nothing = torch.zeros(1, dtype=rows.dtype, device=rows.device)
+    return torch.where(hot, rows.movedim(dim, -1)[..., None], nothing).sum(-2).movedim(-1, dim)
 
 
 def _one_hot(x: Tensor, dim: int, index: Tensor) -> Tensor:

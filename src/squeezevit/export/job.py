@@ -95,8 +95,8 @@ def export(
 
     The folder holds the model, its card, SHA256SUMS, README.md, run.py and, where there are classes, classes.txt. Float outputs
     must equal torch's to 1e-4 of the largest. Raises UnsupportedError where the model cannot be captured or written, or its
-    numbers or cosine fail; MissingExtraError where a package is missing; ConfigError for what cannot be meant. The folder is then
-    as it was.
+    numbers or cosine fail; CheckpointError where its runtime cannot open it; MissingExtraError where a package is missing;
+    ConfigError for what cannot be meant. The folder is then as it was.
 
     >>> export(reduce_(model, ETPS(keep=0.5)), "my-vit-int8", int8=photographs)  # doctest: +SKIP
     """
@@ -134,7 +134,7 @@ def _require_fit(model: nn.Module, card: Card, wanted: Wanted) -> None:
 
 def _fill(model: nn.Module, card: Card, wanted: Wanted, progress: Progress, folder: Path) -> None:
     """Write all files but the card and the sums into the new folder, and the figures into the card."""
-    module, size = Exportable(model, wanted.groups), card.preprocessing.crop
+    module, size, threads = Exportable(model, wanted.groups), card.preprocessing.crop, torch.get_num_threads()
     noise = images(module.model, max(verified.fillings(wanted.batch)), size)
     outputs = ["out", *(f"groups_{j + 1}" for j in range(len(verified.expected(module, noise[:1])) - 1))]
     if wanted.exporter == "dynamo":
@@ -147,13 +147,13 @@ def _fill(model: nn.Module, card: Card, wanted: Wanted, progress: Progress, fold
         write_traced(module, wanted.batch, size, folder / ENGINES[wanted.to], outputs)
     x = noise if wanted.int8 is None else verified.spread(wanted.int8, len(noise))
     progress("comparing with torch", 0, 1)
-    figures = verified.agree(module, engines.opened(wanted.to, folder), x, wanted.batch)
+    figures = verified.agree(module, engines.opened(wanted.to, folder, threads=threads), x, wanted.batch)
     card.measured.update(compared=figures)
     if wanted.int8 is not None:
         progress("calibrating", 0, 1)
         quantised.quantise(wanted.to, folder, list(wanted.int8[::2]), wanted.batch)
     engines.tidy(wanted.to, folder)
-    run = engines.opened(wanted.to, folder, wanted.precision)
+    run = engines.opened(wanted.to, folder, wanted.precision, threads)
     if wanted.int8 is not None or wanted.precision != "fp32":
         held_out = x if wanted.int8 is None else torch.stack(wanted.int8[1::2])
         card.measured.update(verified.close(module, run, held_out, wanted.batch, wanted.floor))

@@ -43,7 +43,7 @@ def on_grid(x: Tensor, t: Trace, blocks: int) -> Tensor:
 
 def full_weights(t: Trace, dtype: torch.dtype) -> Tensor | None:
     """How much each token of the full grid counts in pooling: 0 for a patch that was discarded, [B, P + N0]; None: all the same."""
-    if all(s.hosts is not None or s.n_out == s.n for s in t.stages):
+    if not any(s.discards for s in t.stages):
         return None
     return F.pad((t.groups >= 0).to(dtype), (t.prefix, 0), value=1.0)
 

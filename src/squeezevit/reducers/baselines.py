@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from squeezevit.core import ops
-from squeezevit.core.reducer import Reducer, Reduction, Score, Stage, Staged, check_choice
+from squeezevit.core.reducer import Reducer, Reduction, Score, Scored, Stage, Staged, check_choice
 from squeezevit.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class TopK(Staged):
+class TopK(Scored):
     """Between attention and MLP, tokens with little class attention are discarded: eTPS without the squeeze.
 
-    score: as for `ETPS`.
+    score: as for `ETPS`. With "shift" this is the pruning of Choi et al., "Representation Shift", ICCV 2025.
     """
 
     score: Score = "auto"

@@ -14,7 +14,27 @@ from typing import Any, NamedTuple, cast
 
 from squeezevit.core.reducer import Reducer, Staged
 from squeezevit.errors import ConfigError
-from squeezevit.reducers import DTPS, ETPS, DynamicViT, EViT, Identity, Random, Squeeze, ToMe, TopK
+from squeezevit.reducers import (
+    ATC,
+    DTPS,
+    ETPS,
+    MCTF,
+    SAINT,
+    DiffRate,
+    DynamicViT,
+    EViT,
+    Identity,
+    MergeError,
+    PiToMe,
+    PruMerge,
+    Random,
+    Squeeze,
+    ToFu,
+    ToMe,
+    TopK,
+    VisionZip,
+    ZeroTPrune,
+)
 
 
 class Look(NamedTuple):
@@ -59,6 +79,17 @@ _ROWS = (
     Method("dynamicvit", "DynamicViT", DynamicViT, look=Look("#00758a", "#45c4da", "p", (3, 2))),
     Method("topk", "TopK", TopK, look=Look("#a0408a", "#e58fca", "v", (6, 2, 1.5, 2)), compared=True),
     Method("tome", "ToMe", ToMe, look=Look("#8f6200", "#e0b23e", "D", (9, 3)), compared=True),
+    Method("pitome", "PiToMe", PiToMe, look=Look("#b35900", "#ff9f45", "d", (6, 2))),
+    Method("tofu", "ToFu", ToFu, look=Look("#4f6d00", "#b5d455", ">", (4, 3))),
+    Method("mctf", "MCTF", MCTF, look=Look("#c01f63", "#ff7fb2", "<", (7, 2, 2, 2))),
+    Method("diffrate", "DiffRate", DiffRate, look=Look("#255e9e", "#86b8f0", "h", (8, 2))),
+    Method("atc", "ATC", ATC, look=Look("#7a3b12", "#dda06f", "p", (5, 1.5))),
+    Method("zero-tprune", "Zero-TPrune", ZeroTPrune, look=Look("#8b1e8b", "#e884e8", "v", (3, 1.5))),
+    Method("merge-error", "ToMe by merge error", MergeError, look=Look("#5d5200", "#cfc24a", "D", (2, 1.5))),
+    Method("saint", "SAINT", SAINT, look=Look("#1f6b6b", "#74d0d0", "^", (3, 1.5, 1, 1.5))),
+    Method("shift", "TopK by shift", TopK, {"score": "shift"}, look=Look("#a31515", "#ff8a80", "X", (6, 1.5, 1, 1.5))),
+    Method("visionzip", "VisionZip", VisionZip, look=Look("#3d3d9e", "#a6a6ff", "s", (2, 2))),
+    Method("prumerge", "PruMerge", PruMerge, look=Look("#2f6f3a", "#7fc98c", "P", (1.5, 1.5))),
     Method("random", "Random", Random, look=Look("#68707b", "#a6afba", "X", (1.5, 2)), compared=True),
 )  # fmt: skip
 _METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
@@ -112,19 +143,7 @@ def from_dict(values: Mapping[str, Any]) -> Reducer:
     ToMe(r=4)
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "name"}
-    kinds = (
-        *map(type, (row.template() for row in methods().values())),
-        DTPS,
-        ETPS,
-        DynamicViT,
-        EViT,
-        Identity,
-        Random,
-        Squeeze,
-        ToMe,
-        TopK,
-    )
-    by_name = {kind.__name__: kind for kind in kinds}
+    by_name = {kind.__name__: kind for kind in (type(row.template()) for row in methods().values())}
     try:
         return by_name[values["name"]](**fields)
     except (KeyError, TypeError) as error:

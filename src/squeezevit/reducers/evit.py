@@ -6,11 +6,11 @@ from typing import get_args
 import torch
 
 from squeezevit.core import ops
-from squeezevit.core.reducer import Reduction, Score, Stage, Staged, check_choice, check_flag
+from squeezevit.core.reducer import Reduction, Score, Scored, Stage, check_choice, check_flag
 
 
 @dataclass(frozen=True)
-class EViT(Staged):
+class EViT(Scored):
     """Between attention and MLP, tokens with little class attention become one token, their sum weighted by that attention.
 
     The extra token goes out last and is an ordinary one at the next stage: it counts in K = ceil(keep * tokens) and may itself be

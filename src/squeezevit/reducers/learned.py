@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from squeezevit.core import ops
 from squeezevit.core.evidence import is_plain
-from squeezevit.core.reducer import Heads, Reduction, Stage, Staged, check_choice, floor_of_first, nothing_pruned
+from squeezevit.core.reducer import Heads, Place, Reduction, Stage, Staged, check_choice, floor_of_first, nothing_pruned
 
 
 class ScoreHead(nn.Module):
@@ -83,7 +83,7 @@ class DTPS(Staged):
 
     train: Literal["masked", "topk"] = "masked"
 
-    place: ClassVar[Literal["before", "between"]] = "before"
+    place: ClassVar[Place] = "before"
     learned: ClassVar[bool] = True
     scored: ClassVar[bool] = False
     squeezes: ClassVar[bool] = True

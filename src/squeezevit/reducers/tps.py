@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squeezevit.core import ops
-from squeezevit.core.reducer import Reduction, Score, Stage, Staged, check_choice, check_flag
+from squeezevit.core.reducer import Reduction, Score, Scored, Stage, check_choice, check_flag
 from squeezevit.errors import ConfigError
 
 Ranking = Score | Literal["redundancy", "mrmr", "random"]
@@ -17,7 +17,7 @@ _MATCHES, _FUSES = ("tokens", "normed", "keys"), ("cosine", "mass")
 
 
 @dataclass(frozen=True)
-class _Squeezing(Staged):
+class _Squeezing(Scored):
     """Score, split, and squeeze each pruned token into the reserved one most like it. Subclasses say by what."""
 
     @property
@@ -44,7 +44,9 @@ class ETPS(_Squeezing):
     """eTPS: between attention and MLP of a block, tokens with little class attention are squeezed into the others.
 
     score: "cls" (attention of the class token), "received" (mean attention a token receives), "auto" (the first where the
-    model has a class token, else the second; the paper knows class tokens only).
+    model has a class token, else the second; the paper knows class tokens only), "shift" (how far the block's MLP moves a token,
+    Choi et al., "Representation Shift", ICCV 2025; it needs no attention, and the stage is then behind the block, whose MLP runs on
+    all tokens).
     mass: beyond the paper, tokens remember how many patches they stand for: fused by mass, with log(mass) as a bias of later
     attention and mass-weighted average pooling.
     `Squeeze` with these settings is the same: `Squeeze(score=score, fuse="mass" if mass else "cosine")`.
@@ -74,8 +76,8 @@ class ETPS(_Squeezing):
 class Squeeze(_Squeezing):
     """Between attention and MLP, tokens of low score are squeezed into the others, one direction, each into one.
 
-    score: "cls", "received", "auto" as for `ETPS`; "redundancy": a token is as important as it is unlike every token that gets
-    more attention than it (1 - the highest cosine of their keys), so that what is pruned has a more important twin to go to;
+    score: "cls", "received", "auto", "shift" as for `ETPS`; "redundancy": a token is as important as it is unlike every token that
+    gets more attention than it (1 - the highest cosine of their keys), so that what is pruned has a more important twin to go to;
     "mrmr", relevant and not redundant (after Peng et al. 2005): that times the fifth root of the attention the token itself gets;
     "random", at the same places in every image; or a function of the `Stage` that returns scores [B, N], float32.
     match: on what a pruned token's host is most like it: its "tokens", tokens as they came into the block and "normed" for its
@@ -97,6 +99,10 @@ class Squeeze(_Squeezing):
         for name, known in (("score", rankings), ("match", _MATCHES), ("fuse", _FUSES)):
             if not (name == "score" and callable(self.score)):
                 check_choice(self, name, known)
+
+    @property
+    def scored(self) -> bool:
+        return super().scored or self.match != "tokens"
 
     @property
     def weighs(self) -> bool:

@@ -140,6 +140,38 @@ def speed_chart(results: Mapping[str, Any]) -> str:
     )
 
 
+def time_chart(results: Mapping[str, Any], measure: str, batch: int) -> str:
+    """What is kept against the measured time of an image at a batch size; measure: "accuracy" or "cosine" of the rows.
+
+    `results` are those of `squeezevit.compare`.
+    """
+    name, scale = f"{measure}-{batch}", 100 if measure == "accuracy" else 1
+    look = styles(results["rows"])
+    matplotlib, figure_class = _matplotlib()
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "svg.fonttype": "none", "svg.hashsalt": name}):
+        height = max(4.5, 0.3 * len(look) + 1.5)
+        figure = figure_class(figsize=(6.0, height), dpi=72)
+        axes = figure.add_axes((0.115, 0.63 / height, 0.855, 1 - 0.97 / height))
+        _quiet(axes, "accuracy, %" if measure == "accuracy" else "mean cosine to dense")
+        axes.set_xlabel(f"ms an image, batch {batch}", fontsize=11, color=MUTED)
+        ends = []
+        for method, style in look.items():
+            own = sorted(
+                (row for row in results["rows"] if row["method"] == method), key=lambda row: row["times"][str(batch)]["ms"]
+            )
+            x, y = [row["times"][str(batch)]["ms"] for row in own], [scale * row[measure] for row in own]
+            _line(axes, x, y, [scale * row[f"{measure}_se"] for row in own], style.look, "none")
+            ends.append((y[-1], x[-1], own[-1]["label"], style))
+        _room(axes, results, lambda row: scale * row[measure])
+        axes.axvline(results["dense"]["times"][str(batch)]["ms"], color=MUTED, linewidth=1, dashes=(1, 2.2), zorder=1)
+        _level(axes, scale * results["dense"][measure], "dense", left=True)
+        _label_ends(axes, ends, 0.28 / height)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    colours = {matplotlib.colors.to_hex(style.look.light): f"m-{style.name}" for style in look.values()}
+    return _inline(buffer.getvalue(), name, f"{measure.capitalize()} against time at batch {batch}", colours)
+
+
 def marker_svg(style: Style) -> str:
     """The method's marker, 12 x 12, for use beside its name."""
     fill = f"var(--m-{style.name})" if style.look.strong else "none"
@@ -225,6 +257,15 @@ def _frame(axes: Any, results: Mapping[str, Any], rows: Sequence[Row], unit: str
             ticks.append(tick)
     dense = results["dense"]["macs"] / 1e9
     axes.set_xticks(ticks, [f"{tick:.0f} %\n{dense * tick / 100:.2f} G" for tick in ticks])
+    _quiet(axes, unit)
+    axes.annotate(
+        "MACs", (0, 0), xycoords="axes fraction", xytext=(-8, -18), textcoords="offset points",
+        ha="right", va="center", color=MUTED, fontsize=11,
+    )  # fmt: skip
+
+
+def _quiet(axes: Any, unit: str) -> None:
+    """Horizontal grid lines alone, and the unit above the axis."""
     axes.set_title(unit, loc="left", x=-0.13, fontsize=12, color=MUTED, pad=9)
     axes.tick_params(length=0, labelsize=11.5, labelcolor=MUTED, pad=6)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -233,10 +274,6 @@ def _frame(axes: Any, results: Mapping[str, Any], rows: Sequence[Row], unit: str
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
-    axes.annotate(
-        "MACs", (0, 0), xycoords="axes fraction", xytext=(-8, -18), textcoords="offset points",
-        ha="right", va="center", color=MUTED, fontsize=11,
-    )  # fmt: skip
 
 
 def _room(axes: Any, results: Mapping[str, Any], value: Callable[[Row], float | None]) -> None:
@@ -271,10 +308,13 @@ def _crowded(axes: Any, ends: list[tuple[Any, float, str, Style]], wanted: float
     return max(end[1] for end in ends) + wanted * (far - left) > far
 
 
-def _label_ends(axes: Any, ends: list[tuple[Any, float, str, Style]]) -> None:
-    """Each line's name to the right of its last point, moved up or down until no two names overlap."""
+def _label_ends(axes: Any, ends: list[tuple[Any, float, str, Style]], apart: float = 0.062) -> None:
+    """Each line's name to the right of its last point, moved up or down until no two names overlap.
+
+    apart: the least distance of two names, as a share of the chart's height.
+    """
     low, high = axes.get_ylim()
-    step = (high - low) * 0.062
+    step = (high - low) * apart
     order = sorted(ends, key=lambda end: end[0])
     places = [float(end[0]) for end in order]
     for _ in range(200):

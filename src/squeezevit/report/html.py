@@ -48,30 +48,34 @@ def write_report(results: Mapping[str, Any], figures: Mapping[str, Picture], pat
     results = {**results, "dense": current(results["dense"]), "rows": [current(row) for row in results["rows"]]}
     body = [
         _header(results),
-        _section("What came out", _findings(results), wide=True),
-        _section("Operating points", _table(results), wide=True),
-        _section("Accuracy, fidelity and speed", _charts(results), wide=True),
-        _section("What happens to the tokens", _overlays(figures), wide=True) if figures else "",
-        _section("How it was measured", _protocol(results)),
-        _section("Licence of the photographs", _licence()),
+        section("What came out", _findings(results), wide=True),
+        section("Operating points", _table(results), wide=True),
+        section("Accuracy, fidelity and speed", _charts(results), wide=True),
+        section("What happens to the tokens", _overlays(figures), wide=True) if figures else "",
+        section("How it was measured", _protocol(results)),
+        section("Licence of the photographs", _licence()),
     ]
     title = f"{TITLE}: {results['model']['name']}"
-    page = f"""<!DOCTYPE html>
+    path.write_text(document(title, "".join(body)), encoding="utf-8")
+
+
+def document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A page that loads nothing, in the colours and letters of all pages; what is given is HTML, CSS and JavaScript."""
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)}</title>
-<style>{_css()}</style>
+<style>{_css()}{style}</style>
 </head>
 <body>
 <main>
-{"".join(body)}</main>
+{body}</main>{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """
-    path.write_text(page, encoding="utf-8")
 
 
 def picture_uri(image: Image.Image, most_bytes: int) -> tuple[str, tuple[int, int]]:
@@ -110,7 +114,7 @@ def _header(results: Mapping[str, Any]) -> str:
     )
     return (
         f'<header><p class="over">SqueezeViT demo · {escape(_date(results["created"]))}</p>'
-        f'<h1>{TITLE}</h1><p class="lead">{_text(headline(results))}</p>{quick}<p>{_text(text)}</p>{_preset(rows)}</header>\n'
+        f'<h1>{TITLE}</h1><p class="lead">{words(headline(results))}</p>{quick}<p>{words(text)}</p>{_preset(rows)}</header>\n'
     )
 
 
@@ -125,10 +129,10 @@ def _preset(rows: Sequence[Row]) -> str:
         "token is fused into the kept token most like it, by the number of patches that both stand for. How many are kept at each "
         "stage follows from the budget. All of this was chosen by measuring, on other photographs than these."
     )
-    return f"<p>{_text(text)}</p>"
+    return f"<p>{words(text)}</p>"
 
 
-def _section(heading: str, inner: str, wide: bool = False) -> str:
+def section(heading: str, inner: str, wide: bool = False) -> str:
     return f"<section{' class=wide' if wide else ''}><h2>{escape(heading)}</h2>\n{inner}</section>\n"
 
 
@@ -140,7 +144,7 @@ def _findings(results: Mapping[str, Any]) -> str:
         f"{dense['macs'] / 1e9:.2f} GMACs an image{speed}."
     )
     entries = "".join(
-        f"<div><h3>{_text(head)}</h3><ul>{''.join(f'<li>{_text(sentence)}</li>' for sentence in sentences)}</ul></div>"
+        f"<div><h3>{words(head)}</h3><ul>{''.join(f'<li>{words(sentence)}</li>' for sentence in sentences)}</ul></div>"
         for head, sentences in findings(results)
     )
     rule = (
@@ -149,8 +153,8 @@ def _findings(results: Mapping[str, Any]) -> str:
         "time in three. Between two methods that error is the root sum of squares of their paired errors against dense."
     )
     why = few_left(results)
-    explained = f"<p>{_text(why)}</p>" if why else ""
-    return f'<p>{_text(start)}</p><div class="findings">{entries}</div>{explained}<p class="fine">{_text(rule)}</p>'
+    explained = f"<p>{words(why)}</p>" if why else ""
+    return f'<p>{words(start)}</p><div class="findings">{entries}</div>{explained}<p class="fine">{words(rule)}</p>'
 
 
 def _table(results: Mapping[str, Any]) -> str:
@@ -187,7 +191,7 @@ def _table(results: Mapping[str, Any]) -> str:
     if missed:
         notes += " †: misses its budget by more than one point of the dense MACs."
     table = f"<table>{''.join(parts)}</table>"
-    return f'{_scroll(table, "Operating points")}<p class="fine">{escape(notes)}</p>'
+    return f'{scrolled(table, "Operating points")}<p class="fine">{escape(notes)}</p>'
 
 
 def _judged(rough: bool, accuracy: list[Any], fidelity: list[Any]) -> list[Any]:
@@ -256,7 +260,7 @@ def _overlays(figures: Mapping[str, Picture]) -> str:
     out = [f"<p>{escape(intro)}</p>"]
     for name, picture in figures.items():
         if isinstance(picture, Image.Image):
-            inner = _scroll(_img(picture, name, share), name, "scroll sheet")
+            inner = scrolled(_img(picture, name, share), name, "scroll sheet")
         else:
             cards = (
                 f"<figure>{_img(panel.image, f'{name}, {panel.caption}', share)}"
@@ -268,7 +272,7 @@ def _overlays(figures: Mapping[str, Picture]) -> str:
     return "".join(out)
 
 
-def _scroll(inner: str, name: str, classes: str = "scroll") -> str:
+def scrolled(inner: str, name: str, classes: str = "scroll") -> str:
     return f'<div class="{classes}" role="region" aria-label="{escape(name)}" tabindex="0">{inner}</div>'
 
 
@@ -315,11 +319,11 @@ def _licence() -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def _text(words: str) -> str:
+def words(text: str) -> str:
     """Escaped, with numbers kept on one line with their sign, unit and error."""
     for loose in (" %", " ± ", " + ", f" {TIMES} "):
-        words = words.replace(loose, loose.replace(" ", "\N{NO-BREAK SPACE}"))
-    return escape(words)
+        text = text.replace(loose, loose.replace(" ", "\N{NO-BREAK SPACE}"))
+    return escape(text)
 
 
 def _count(number: int, noun: str) -> str:

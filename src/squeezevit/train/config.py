@@ -79,6 +79,7 @@ class ReducerConfig:
         metadata={"help": "Stages: 0-based block indices, as 3,6,9.", "unset": "one quarter, half and three quarters of the depth"},
     )
     anneal_epochs: Amount = 0.0  # over which the keep ratio falls from 1
+    warm_steps: Annotated[int, Limits(0, 1_000_000)] = 0  # batches on which learned heads alone learn to rank, before the training
     options: dict[str, Any] = field(default_factory=dict)  # further fields of the reducer, as train: topk
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NamedTuple, cast
@@ -36,7 +36,7 @@ from squeezevit.errors import (
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType, gather_object
+    from accelerate.utils import DistributedType, broadcast, gather_object
     from timm.data import Mixup
     from timm.loss import SoftTargetCrossEntropy
     from timm.utils import ModelEmaV3
@@ -52,6 +52,7 @@ from squeezevit.data.folder import data_config, eval_transform, given_classes, h
 from squeezevit.train import build, checkpoints, data, log, sharding
 from squeezevit.train.config import AugmentConfig, Config, differences, to_dict, to_yaml
 from squeezevit.train.objective import Objective, unwrapped
+from squeezevit.train.warm import warm_heads_
 
 FREE = ("out", "device", "data.workers", "save_every", "tensorboard")  # what a resumed run may change
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -101,8 +102,7 @@ def train(config: Config, resume: bool = False, progress: Callable[[Update], Non
         run = _Run(config, accelerator, signals, progress if accelerator.is_main_process else None)
         try:
             with _connected(accelerator.num_processes):
-                run.start(resume)
-                run.run()
+                run.run(resume)
         finally:
             run.close()
         return Result(run.rows, run.best, run.stopped, accelerator.is_main_process)
@@ -169,6 +169,8 @@ class _Run:
         if self.teacher is not None:
             self.teacher.to(accelerator.device)
         self._rehearse(net)
+        if state is None:
+            self._warm(net)
         self.dense = restore_(copy.deepcopy(net))
         self.ema = None if config.ema.decay is None else ModelEmaV3(net, config.ema.decay, use_warmup=config.ema.warmup)
         build.freeze_(net, config.freeze)
@@ -199,7 +201,12 @@ class _Run:
         if self.lock is not None:
             self.lock.close()
 
-    def run(self) -> None:
+    def run(self, resume: bool) -> None:
+        try:
+            self.start(resume)
+        except _Stop:  # before there is anything to keep
+            self.stopped = self.signals.received or signal.SIGTERM
+            return
         try:
             while self.epoch < self.config.epochs:
                 self._train_epoch()
@@ -238,6 +245,7 @@ class _Run:
                 logger.warning("%s was trained on photographs as they are stored, and goes on so: data.upright=false", last)
             self.config = replace(self.config, data=replace(self.config.data, upright=False))
         old = {**state["config"], "data": {**_BEFORE, **state["config"]["data"]}}
+        old["reducer"] = {"warm_steps": 0, **old["reducer"]}
         changed = [d for d in differences(old, to_dict(self.config)) if d.split(" ")[0] not in FREE]
         if changed:
             raise ConfigError(
@@ -340,6 +348,30 @@ class _Run:
         images = torch.zeros(2, 3, *self.size, device=self.accelerator.device)
         with self.accelerator.autocast():
             self.objective(net, *self._targets(images, torch.tensor([0, 1], device=images.device)))
+
+    def _warm(self, net: nn.Module) -> None:
+        """Let learned heads begin with a ranking, the same in all processes, before anything is trained."""
+        if not (steps := self.config.reducer.warm_steps):
+            return
+        told = warm_heads_(net, self._warm_batches(steps))
+        for parameter in cast(Any, net).token_reducer.parameters():
+            parameter.data.copy_(broadcast(parameter.data))
+        if self.accelerator.is_main_process:
+            shares = ", ".join(f"{100 * share:.0f} %" for share in told.agreement)
+            logger.info("score heads warmed on %d batches: of the tokens that the guide keeps they keep %s", steps, shares)
+
+    def _warm_batches(self, steps: int) -> Iterator[Tensor]:
+        """Images of the first epochs, as training augments them. Raises _Stop where a signal has reached a process."""
+        device, done = self.accelerator.device, 0
+        for epoch in count():
+            for part in data.train_batches(self.train_images, self.size, self.split, epoch, self.config.augment.repeats, 0):
+                received = torch.tensor(float(self.signals.received is not None), device=device)
+                if self.accelerator.reduce(received, "sum").item():
+                    raise _Stop
+                yield part.images.to(device)
+                done += 1
+                if done == steps:
+                    return
 
     def _load(self, last: Path, state: dict[str, Any], net: nn.Module) -> None:
         load_checkpoint_(net, last / "model.safetensors")
