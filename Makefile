@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUNTIMES := tests/test_export.py tests/test_predict.py tests/test_scale.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-quick test lint types bench bench-gpu upgrade clean
+.PHONY: demo demo-quick test lint types docs bench bench-gpu upgrade clean
 
 demo: $(INSTALLED)
 	$(BIN)/squeezevit demo --out demo-out
@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 demo-quick: $(INSTALLED)
 	$(BIN)/squeezevit demo --quick --out demo-out
 
-test: lint types
+test: lint types docs
 	$(BIN)/python -m pytest -n 2 $(RUNTIMES:%=--ignore=%)
 	$(BIN)/python -m pytest $(RUNTIMES)
 
@@ -23,6 +23,10 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# the pages as a site, in site/; a warning or a dead link is an error (--quiet would not hear them). site/page stays
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(INSTALLED)
 	$(BIN)/squeezevit bench --model deit_small_patch16_224 --batch-size 16 --json benchmarks/results/bench.json
@@ -50,4 +54,4 @@ upgrade: $(INSTALLED)
 	touch $(INSTALLED)
 
 clean:
-	rm -rf .venv demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-out site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -561,3 +561,22 @@ def test_real_models_made_small(name):
 def test_a_real_model_of_parallel_blocks_is_refused():
     with pytest.raises(UnsupportedError, match=r"block 0 is a timm\.models\.vision_transformer\.ParallelThingsBlock"):
         sv.reduce_(small("vit_small_patch16_18x2_224"), sv.ETPS())
+
+
+def test_a_block_runs_the_handlers_that_were_proved():
+    """Also where they are registered after a block of the class was reduced: the reduced class is not one of the old cut."""
+    from squeezevit.extend import attn_half, mlp_half
+
+    class Block(timm.models.vision_transformer.Block):
+        pass
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3, block_fn=Block).eval()
+    sv.reduce_(model, sv.TopK(keep=0.5, at=(1,)))
+    calls = []
+    old = attn_half.dispatch(Block)
+    attn_half.register(Block, lambda block, x, bias=None: calls.append(1) or old(block, x, bias))
+    mlp_half.register(Block, mlp_half.dispatch(Block))
+    sv.reduce_(model, sv.TopK(keep=0.5, at=(1,)))
+    calls.clear()
+    model(torch.randn(1, 3, 224, 224))
+    assert calls

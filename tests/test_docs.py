@@ -30,10 +30,11 @@ from squeezevit.reducers import catalog
 from squeezevit.report.rows import method_name
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = {"executorch and coremltools are no dependencies": 1}  # how many blocks may be left out, by reason
 FENCE = re.compile(r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+COMMENT = re.compile(r"<!--.*?-->", re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -137,9 +138,11 @@ def test_code_blocks_say_their_language():
 
 @pytest.fixture
 def stranger(offline):
-    """The method of its own that CONTRIBUTING registers, which a command there names."""
-    for block in blocks(ROOT / "CONTRIBUTING.md", "python"):
-        exec(block.code, {"__name__": "__main__"})
+    """The methods that CONTRIBUTING and the tutorial register, which commands there name."""
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "tutorials" / "method.md"):
+        names = {"__name__": "__main__"}
+        for block in blocks(page, "python"):
+            exec(block.code, names)
 
 
 def commands(page: Path) -> list[str]:
@@ -259,7 +262,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
-    for link in LINK.findall(FENCE.sub("", page.read_text())):
+    """On a code host; what stands in comments is the site's alone, and `make docs` follows it."""
+    for link in LINK.findall(COMMENT.sub("", FENCE.sub("", page.read_text()))):
         if link.startswith("https://"):
             continue
         path, _, anchor = link.partition("#")
@@ -268,9 +272,14 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_every_page_is_in_the_index():
-    links = LINK.findall((ROOT / "docs" / "index.md").read_text())
-    assert {page.name for page in PAGES} - {"index.md"} <= {link.split("/")[-1] for link in links}
+def test_every_page_is_in_an_index():
+    """Of its own folder, or, as all that is not in a folder of the pages, in that of docs/."""
+    docs = ROOT / "docs"
+    for page in PAGES:
+        index = page.parent / "index.md" if page.parent != ROOT and page.name != "index.md" else docs / "index.md"
+        assert page == index or page.resolve() in {
+            (index.parent / link.split("#")[0]).resolve() for link in LINK.findall(index.read_text())
+        }
 
 
 def test_the_readme_is_short():
@@ -341,6 +350,14 @@ def test_the_whole_comparison_is_of_the_same_file():
             next(r for r in rows if f"{r['share']:.0%}" == share.replace(" ", "") and label(r) == name) for rows in tasks
         )
         assert cells == [text for row in probed for text in (percent(row), cosine(row))] + [cosine(photo)], (share, name)
+
+
+def test_the_headline_of_the_readme_is_of_its_file():
+    demo = results("demo")
+    row = next(r for r in demo["rows"] if label(r) == "training-free" and r["target"] == 0.5)
+    headline = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("**"))
+    assert f"{row['speedup']:.2f} times as fast" in headline and f"({percent(row)} %)" in headline
+    assert row["accuracy"] == demo["dense"]["accuracy"]
 
 
 def test_the_table_of_the_demo_is_of_its_file():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from squeezevit.core.block import ReducedBlock, Site, State, state_of
-from squeezevit.core.cut import Description, cut, description_of, load_families, require_model
+from squeezevit.core.cut import Cut, Description, cut, description_of, load_families, require_model
 from squeezevit.core.evidence import Recording, forget_
 from squeezevit.core.proof import Proved, prove
 from squeezevit.core.reducer import Heads, Reducer
@@ -36,12 +36,17 @@ class _Subclass(nn.Module):
         )
 
 
-@cache
 def _subclass(base: Any, mixins: tuple[Any, ...]) -> Any:
-    """The one subclass of a library's class with mixins in front; it keeps the library's name, which wrap policies look for."""
+    """The subclass of a library's class with mixins in front; for a block with the handlers that are registered now."""
+    return _made(base, mixins, cut(base) if ReducedBlock in mixins else None)
+
+
+@cache
+def _made(base: Any, mixins: tuple[Any, ...], handlers: Cut | None) -> Any:
+    """The one such subclass; it keeps the library's name, which wrap policies look for."""
     body = {"squeezevit_base": base, "squeezevit_mixins": mixins, "__module__": base.__module__, "__doc__": base.__doc__}
-    if ReducedBlock in mixins:
-        body["squeezevit_cut"] = cut(base)
+    if handlers is not None:
+        body["squeezevit_cut"] = handlers
     elif own := next((vars(mixin)["forward"] for mixin in mixins if "forward" in vars(mixin)), None):
         body["forward"] = _with_signature(own, base.forward)
     return type(base.__name__, (*mixins, _Subclass, base), body)
