@@ -140,6 +140,7 @@ def lose(data: Path, out: Path, killed: str) -> dict[str, Any]:
     found = rows(out)
     told = {
         "killed": killed,
+        "processes": processes,
         "exit": left.returncode,
         "updates_kept": kept,
         "seconds_to_next_checkpoint": back,
