@@ -5,13 +5,17 @@ BIN := .venv/bin
 RUNTIMES := tests/test_export.py tests/test_predict.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-quick test lint types bench bench-gpu upgrade clean
+.PHONY: demo demo-quick page test lint types bench bench-gpu upgrade clean
 
 demo: $(INSTALLED)
 	$(BIN)/squeezevit demo --out demo-out
 
 demo-quick: $(INSTALLED)
 	$(BIN)/squeezevit demo --quick --out demo-out
+
+# a folder that any server of static files serves
+page: $(INSTALLED)
+	$(BIN)/squeezevit page --out site
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 $(RUNTIMES:%=--ignore=%)
@@ -50,4 +54,4 @@ upgrade: $(INSTALLED)
 	touch $(INSTALLED)
 
 clean:
-	rm -rf .venv demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-out site .pytest_cache .mypy_cache .ruff_cache .hypothesis

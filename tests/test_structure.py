@@ -18,6 +18,7 @@ ROOMS = (
     "bundle",
     "export",
     "embed",
+    "page",
     "vlm",
     "cli",
 )  # of which each is a folder

@@ -13,6 +13,7 @@ import typer
 
 from squeezevit.cli import faults, inputs, options, screen
 from squeezevit.cli.export import export
+from squeezevit.cli.page import page
 from squeezevit.cli.predict import embed, predict
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
 
@@ -371,7 +372,7 @@ def plan(
     inputs.write_json(json_file, {**header(device), "model": told, **asdict(made), "reducer": repr(made.reducer)})
 
 
-for _command in (export, predict, embed):
+for _command in (export, predict, embed, page):
     app.command(cls=options.Command)(_command)
 
 
