@@ -33,7 +33,7 @@ export class Card {
       make("div", { class: "told" }, make("h3", {}, method.label), make("p", { class: "words" }, method.words)),
       make(
         "dl", {}, make("div", { class: "wide" }, make("dt", {}, "tokens"), this.tokens, this.stairs),
-        make("div", {}, make("dt", {}, "faster"), this.speed), make("div", {}, make("dt", {}, "cosine"), this.cosine),
+        make("div", {}, make("dt", {}, "speed"), this.speed), make("div", {}, make("dt", {}, "cosine"), this.cosine),
       ),
       this.answer,
     );

@@ -27,6 +27,18 @@ export class Engine {
   }
 
   async start() {
+    try {
+      await this.#open();
+    } catch (error) {
+      if (!MEMORY.test(error.message)) throw error;
+      if (this.room === 1) throw new Failure("memory");
+      this.worker.terminate();
+      this.room = 1;
+      await this.start();
+    }
+  }
+
+  async #open() {
     this.worker = await started();
     this.worker.onmessage = ({ data }) => this.#heard(data);
     this.worker.onerror = (event) => this.#lost(event.message || "the model's thread ended");
