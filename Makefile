@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # tests that load other runtimes and compile C++: in a process of their own, after the others
-RUNTIMES := tests/test_export.py tests/test_predict.py
+RUNTIMES := tests/test_export.py tests/test_predict.py tests/test_page.py
 INSTALLED := .venv/.installed
 
 .PHONY: demo demo-quick page test lint types bench bench-gpu upgrade clean

@@ -1,4 +1,4 @@
-"""The page does in a browser what torch does here: a photograph is dropped, groups are a trace's, features near; and it bears the rest.
+"""The page does in a browser what torch does here: groups are a trace's, features near. And it bears what visitors do to it.
 
 Chromium and onnxruntime-web are needed for most of it. Where they are missing these tests are skipped and say so, and with
 SQUEEZEVIT_REQUIRE_BROWSER=1 they fail.
@@ -271,7 +271,7 @@ def test_fifty_megapixels_upright(visit):
     with visit() as page:
         dropped(page, "large.jpg", encoded(large, "JPEG", quality=80, exif=exif))
         told = page.text_content("#about-photo")
-        assert "5,774 × 8,660 pixels, reduced by the browser first" in told
+        assert "5,774 \u00d7 8,660 pixels, reduced by the browser first" in told
         assert page.locator(".card.waiting").count() == 0
 
 
@@ -352,7 +352,9 @@ def test_without_a_network_once_loaded(browser, site):
     context.close()
 
 
-@pytest.mark.parametrize("how", [Preprocessing(50, (48, 40), name) for name in INTERPOLATIONS] + [Preprocessing((40, 60), (40, 52))])
+@pytest.mark.parametrize(
+    "how", [Preprocessing(50, (48, 40), name) for name in INTERPOLATIONS] + [Preprocessing((40, 60), (40, 52))]
+)
 def test_photographs_are_prepared_as_pillow_does(how, browser, site):
     """To the last bit, smaller and larger, whichever side is longer."""
     prepare = """async ([bytes, width, height, how]) => {
@@ -416,7 +418,8 @@ def test_dinov2(browser, archive, tmp_path, monkeypatch):
     reducers = reducers_of(model, ("training-free",), [share], (224, 224))
     require_torchs(said["fp32"], manifest, model, photo, reducers, 0.9999)
     for name in ("unreduced", "rows"):
-        exact, rounded = (torch.tensor((s[name] if name == "unreduced" else s[name][0])["features"]) for s in (said["fp32"], said["int8"]))
+        both = [said[p][name] if name == "unreduced" else said[p][name][0] for p in ("fp32", "int8")]
+        exact, rounded = (torch.tensor(one["features"]) for one in both)
         assert torch.cosine_similarity(exact, rounded, dim=0) > (0.995 if name == "unreduced" else 0.97)
     assert manifest["dense"]["nearness"] > 0.99
     sizes = [(tmp_path / precision / "model/weights.bin").stat().st_size for precision in graphs.PRECISIONS]

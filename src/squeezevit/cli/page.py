@@ -15,14 +15,16 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write; an older page
 Shares = Annotated[
     str | None,
     typer.Option(
-        "--macs", metavar="SHARE,...", help="Stops of the slider: shares of the unreduced model's multiply-adds, separated by commas.",
+        "--macs",
+        metavar="SHARE,...",
+        help="Stops of the slider: shares of the unreduced model's multiply-adds, separated by commas.",
         show_default="80%,65%,50%,35%,25%",
     ),
-]  # fmt: skip
+]
 Bits = Annotated[str, typer.Option("--precision", metavar="int8|fp32", help="What linear layers compute in, in the browser.")]
 Pictures = Annotated[
     Path | None,
-    typer.Option(help="Folder of photographs to offer, of which the first 8 are taken.", file_okay=False, show_default="scikit-image's"),
+    typer.Option(help="Folder of photographs to offer; the first 8 are taken.", file_okay=False, show_default="scikit-image's"),
 ]
 Archive = Annotated[
     Path | None,
@@ -46,8 +48,8 @@ def page(
 ) -> None:
     """Write a static page on which visitors watch the tokens of their photographs being reduced, in their own browsers.
 
-    The model is that of a bundle, or the demo's DINOv2 ViT-S/14. An unreduced one is shown under each method at each share; one with a
-    reducer under its own, beside the others at the same cost. Any static server serves the folder.
+    The model is that of a bundle, or the demo's DINOv2 ViT-S/14. An unreduced one is shown under each method at each share; one
+    with a reducer under its own, beside the others at the same cost. Any static server serves the folder.
     """
     from squeezevit.page.job import Wanted, build
 
@@ -77,15 +79,19 @@ def _model(source: Path | None, image_size: int | None) -> "tuple[Any, Card, str
 
 
 def _tell(out: Path, manifest: dict[str, Any]) -> None:
+    rows = [(g["method"], f"{100 * g['macs']:.1f}", _counts(g), f"{g['error']:.0e}") for g in manifest["graphs"]]
     screen.table(
-        [
-            (graph["method"], f"{100 * graph['macs']:.1f}", " ".join(map(str, (graph["patches"], *graph["counts"]))), f"{graph['error']:.0e}")
-            for graph in manifest["graphs"]
-        ],
+        rows,
         ("method",),
         ("% of the multiply-adds", "patch tokens", "largest difference from torch"),
         title=f"{manifest['title']}, {manifest['precision']}, {manifest['weights']['bytes'] / 1e6:.0f} MB of weights for all",
-    )  # fmt: skip
+    )
     if manifest["precision"] == "int8":
         screen.say(f"int8, unreduced: mean cosine to torch on the photographs {manifest['dense']['nearness']:.4f}")
     screen.say(f"\nWritten: {out}   look at it: python -m http.server --directory {out}, then http://localhost:8000")
+
+
+def _counts(graph: dict[str, Any]) -> str:
+    """Patch tokens at first and after each stage, without those in the middle where there are many."""
+    counts = [graph["patches"], *graph["counts"]]
+    return " ".join(map(str, counts)) if len(counts) < 7 else f"{counts[0]} {counts[1]} ... {counts[-1]}"

@@ -27,8 +27,8 @@ _LOUD = ("onnx_ir", "onnxscript", "torch.onnx", "torch.export", "nncf", "root") 
 class Exportable(nn.Module):
     """A model, or the part of it that takes images, as images [B, 3, H, W] -> its output; its weights are the model's own.
 
-    tokens: beside that, of a reduced model, the patch tokens that are left, after the final norm: [B, K, C]. groups: then, after each
-    stage, the token that each patch ended in, -1 where it was dropped: [B, N0] int64.
+    tokens: beside that, of a reduced model, the patch tokens that are left, after the final norm: [B, K, C]. groups: then, after
+    each stage, the token that each patch ended in, -1 where it was dropped: [B, N0] int64.
     """
 
     def __init__(self, model: nn.Module, groups: bool = False, tokens: bool = False) -> None:

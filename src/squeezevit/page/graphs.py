@@ -1,4 +1,4 @@
-"""From a model and a reducer to an ONNX graph for the browser: exported, held against torch, and in int8 where that is asked for."""
+"""From a model and a reducer to an ONNX graph for the browser: exported, held against torch, and put into int8 if asked to."""
 
 from pathlib import Path
 from typing import Any

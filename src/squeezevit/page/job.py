@@ -1,11 +1,10 @@
-"""A page from beginning to end: what is compared, a graph for each, one file of weights, the runtime, photographs, and the files."""
+"""A page from beginning to end: what is compared, a graph for each, one file of weights, runtime, photographs, and the files."""
 
 import hashlib
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -23,7 +22,7 @@ from squeezevit.core.macs import macs
 from squeezevit.core.reducer import Reducer
 from squeezevit.core.running import Progress
 from squeezevit.core.running import images as noise
-from squeezevit.errors import ConfigError, MissingExtraError, UnsupportedError
+from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.export import engines, verified
 from squeezevit.page import cases, graphs, photographs, runtime
 from squeezevit.page.weights import SharedWeights
@@ -38,8 +37,8 @@ _COMPARED = 5  # images on which a graph must equal torch
 class Wanted:
     """What is asked for of a page. Raises ConfigError on what cannot be meant.
 
-    methods: names of the catalogue; shares: of the multiply-adds, None for the usual ones; precision: "int8" or "fp32"; photographs:
-    files that visitors may choose, None for scikit-image's; archive: onnxruntime-web as npm packs it, None to have it fetched.
+    methods: names of the catalogue; shares: of the multiply-adds, None for the usual ones; precision: "int8" or "fp32".
+    photographs: files that visitors may choose, None for scikit-image's. archive: onnxruntime-web as npm packs it, None to fetch.
     """
 
     methods: tuple[str, ...] = cases.METHODS
@@ -95,7 +94,7 @@ def build(net: nn.Module, card: Card, out: Path, wanted: Wanted, title: str, pro
     for a model that cannot be captured, MissingExtraError where a package is missing. The folder is then as it was.
     """
     require_free(out, MANIFEST, "page")
-    _require_onnx()
+    engines.require("onnx", False)
     _require_fit(net)
     manifest: dict[str, Any] = {}
     write_whole(out, lambda folder: manifest.update(_fill(net, card, folder, wanted, title, progress)), MANIFEST, "page")
@@ -108,9 +107,10 @@ def _fill(net: nn.Module, card: Card, folder: Path, wanted: Wanted, title: str, 
     size = card.preprocessing.crop
     own = state_of(net).reducer if card.reducer is not None else None
     methods = tuple(m for m in wanted.methods if own is None or m != "training-free")
-    planned = (
-        cases.planned(net, methods, wanted.shares, size, progress) if own is None else cases.beside(net, own, methods, size, progress)
-    )
+    if own is None:
+        planned = cases.planned(net, methods, wanted.shares, size, progress)
+    else:
+        planned = cases.beside(net, own, methods, size, progress)
     (folder / "model").mkdir()
     prepared = [torch.from_numpy(card.preprocessing(picture)) for picture in pictures] or noise(net, _COMPARED, size).unbind()
     page = _Page(
@@ -159,10 +159,6 @@ def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int]:
             f"{patches} patches of an image of {size[0]} x {size[1]} pixels are no grid of square patches, which the page draws"
         )
     return rows, patches // rows
-
-
-def _require_onnx() -> None:
-    engines.require("onnx", False)
 
 
 def _require_fit(net: nn.Module) -> None:

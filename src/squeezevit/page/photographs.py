@@ -40,6 +40,6 @@ def _shipped() -> list[tuple[str, str, str, Any]]:
         from skimage import data
     except ImportError as error:
         raise MissingExtraError(
-            'the page\'s photographs are scikit-image\'s: run `pip install "squeezevit[page]"`, or give --photographs FOLDER'
+            "the page's photographs are scikit-image's: run `pip install \"squeezevit[page]\"`, or give --photographs FOLDER"
         ) from error
     return [(name, *about, Image.fromarray(getattr(data, name)())) for name, about in _SHIPPED.items()]

@@ -50,7 +50,9 @@ def _cached() -> Path:
 
 def _fetch(file: Path) -> None:
     if (npm := shutil.which("npm")) is None:
-        raise MissingExtraError(f"the page's runtime, {PACKAGE}, is fetched by npm, which is not installed; install it, or {_BY_HAND}")
+        raise MissingExtraError(
+            f"{PACKAGE}, the page's runtime, is fetched by npm, which is not installed; install it, or {_BY_HAND}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([npm, "pack", "--silent", f"{PACKAGE}@{VERSION}"], cwd=folder, capture_output=True, text=True)
         packed = Path(folder) / f"{PACKAGE}-{VERSION}.tgz"
