@@ -115,7 +115,8 @@ def main() -> None:
             ms, whole = row["milliseconds"], found["unreduced"]["milliseconds"]
             cells = {
                 "precision": precision, "method": row["method"], "share": row["share"],
-                "ms": float(np.median(ms)), "ms_best": min(ms), "speedup": float(np.median(np.divide(whole, ms))), "speedup_best": min(whole) / min(ms), "rounds": len(ms),
+                "ms": float(np.median(ms)), "ms_best": min(ms),
+                "speedup": float(np.median(np.divide(whole, ms))), "speedup_best": min(whole) / min(ms), "rounds": len(ms),
                 "cosine": row["cosine"], "rounding": cosine(row["features"], exact["features"]),
                 "megabytes": manifests[precision]["weights"]["bytes"] / 1e6,
             }  # fmt: skip
