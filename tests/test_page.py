@@ -131,6 +131,11 @@ def visited(browser, url: str, *, before=None, errors: int = 0, **settings):
     assert len(said) == errors, said
 
 
+def modules(browser, url: str):
+    """A page without its model, whose modules are asked alone."""
+    return visited(browser, url, before=lambda page: page.add_init_script("WebAssembly.validate = () => false"))
+
+
 @pytest.fixture
 def visit(browser, site):
     """The tiny model's page, once all is computed and measured."""
@@ -293,8 +298,7 @@ def test_photographs_go_nowhere(visit, site, tmp_path):
 
 
 def test_a_browser_without_simd_is_told(browser, site):
-    without = "WebAssembly.validate = () => false"
-    with served(site) as url, visited(browser, url, before=lambda page: page.add_init_script(without)) as page:
+    with served(site) as url, modules(browser, url) as page:
         page.locator("#problem", has_text="has no WebAssembly SIMD").wait_for()
 
 
@@ -352,22 +356,20 @@ def test_without_a_network_once_loaded(browser, site):
     context.close()
 
 
-@pytest.mark.parametrize(
-    "how", [Preprocessing(50, (48, 40), name) for name in INTERPOLATIONS] + [Preprocessing((40, 60), (40, 52))]
-)
-def test_photographs_are_prepared_as_pillow_does(how, browser, site):
-    """To the last bit, smaller and larger, whichever side is longer."""
+def test_photographs_are_prepared_as_pillow_does(browser, site):
+    """To the last bit, smaller and larger, whichever side is longer, whichever direction Pillow begins with."""
     prepare = """async ([bytes, width, height, how]) => {
         const {middle, normalised} = await import('./pixels.js');
         return Array.from(normalised(middle(Uint8ClampedArray.from(bytes), width, height, how), how));
     }"""
-    before = {"before": lambda page: page.add_init_script("WebAssembly.validate = () => false")}  # no model is wanted
-    with served(site) as url, visited(browser, url, **before) as page:
-        for size in ((131, 77), (77, 131), (33, 61), (50, 50)):
-            image = photograph(*size)
-            given = [list(np.asarray(image.convert("RGBA")).tobytes()), *size, json.loads(json.dumps(how.to_dict()))]
-            found = np.array(page.evaluate(prepare, given), np.float32)
-            np.testing.assert_array_equal(found.reshape(3, *how.crop), how(image), err_msg=f"{how.interpolation} {size}")
+    ways = [Preprocessing(50, (48, 40), name) for name in INTERPOLATIONS] + [Preprocessing((40, 60), (40, 52))]
+    with served(site) as url, modules(browser, url) as page:
+        for how in ways:
+            for size in ((131, 77), (77, 131), (33, 61), (50, 50), (60, 150)):
+                image = photograph(*size)
+                given = [list(np.asarray(image.convert("RGBA")).tobytes()), *size, json.loads(json.dumps(how.to_dict()))]
+                found = np.array(page.evaluate(prepare, given), np.float32)
+                np.testing.assert_array_equal(found.reshape(3, *how.crop), how(image), err_msg=f"{how.interpolation} {size}")
 
 
 def test_main_directions_are_those_of_a_singular_value_decomposition(browser, site):
@@ -377,8 +379,7 @@ def test_main_directions_are_those_of_a_singular_value_decomposition(browser, si
         const {principal, colours} = await import('./features.js');
         return Array.from(colours(tokens, principal(tokens, channels), channels));
     }"""
-    before = {"before": lambda page: page.add_init_script("WebAssembly.validate = () => false")}
-    with served(site) as url, visited(browser, url, **before) as page:
+    with served(site) as url, modules(browser, url) as page:
         found = np.array(page.evaluate(colour, [tokens.ravel().tolist(), 16])).reshape(50, 3)
     centred = tokens - tokens.mean(0)
     directions = np.linalg.svd(centred)[2][:3]

@@ -21,8 +21,8 @@ OWN = "own"  # the method of a bundle that brings its reducer
 _FEWEST = 0.25  # of its tokens that a stage with one ratio for all keeps, where earlier stages reach the budget, too
 _TOLD = {  # heading, what it does, the share as Python says it
     "training-free": (
-        "TPS, training-free",
-        "Prunes tokens that have a more important twin, and squeezes each into the token most like it.",
+        "TPS",
+        "Without training: prunes tokens that have a more important twin, and squeezes each into the token most like it.",
         'sv.preset("training-free", macs={share:g}, model=model)',
     ),
     "topk": ("Plain pruning", "Throws away the tokens that the class token attends to least.", None),

@@ -34,18 +34,43 @@ export function middle(rgba, width, height, how) {
   const top = roundEven((h - rows) / 2);
   const across = weights(width, w, left, columns, how.interpolation);
   const down = weights(height, h, top, rows, how.interpolation);
-  const first = Math.min(...down.map((d) => d.from));
-  const last = Math.max(...down.map((d) => d.from + d.by.length));
-  const narrow = new Uint8ClampedArray((last - first) * columns * 4);
-  for (let y = first; y < last; y++) {
-    for (let x = 0; x < columns; x++) sum(rgba, 4 * (y * width + across[x].from), 4, across[x].by, narrow, 4 * ((y - first) * columns + x));
-  }
   const data = new Uint8ClampedArray(rows * columns * 4);
-  for (let y = 0; y < rows; y++) {
-    const { from, by } = down[y];
-    for (let x = 0; x < columns; x++) sum(narrow, 4 * ((from - first) * columns + x), 4 * columns, by, data, 4 * (y * columns + x));
+  if (downFirst(width, height, w, h)) {
+    const [first, last] = reach(across);
+    const low = new Uint8ClampedArray(rows * (last - first) * 4);
+    downwards(rgba, width, 0, first, down, low, last - first);
+    sideways(low, last - first, first, 0, across, data, rows);
+  } else {
+    const [first, last] = reach(down);
+    const narrow = new Uint8ClampedArray((last - first) * columns * 4);
+    sideways(rgba, width, 0, first, across, narrow, last - first);
+    downwards(narrow, columns, first, 0, down, data, columns);
   }
   return { data, width: columns, height: rows };
+}
+
+/** Pillow begins with the columns where that leaves less to do; bytes are rounded in between, so the order matters. */
+function downFirst(width, height, w, h) {
+  return h < height && height - h > 2 * (width - w);
+}
+
+/** From the first to behind the last of the inputs that are summed. */
+function reach(weights) {
+  return [Math.min(...weights.map((d) => d.from)), Math.max(...weights.map((d) => d.from + d.by.length))];
+}
+
+/** Resample along rows of `wide` pixels: `count` rows from number `top` on; `skipped` of the inputs at the left are not there. */
+function sideways(source, wide, skipped, top, across, target, count) {
+  for (let y = 0; y < count; y++) {
+    across.forEach(({ from, by }, x) => sum(source, 4 * ((top + y) * wide + from - skipped), 4, by, target, 4 * (y * across.length + x)));
+  }
+}
+
+/** Resample along columns, `count` of them from number `left` on; `skipped` of the inputs at the top are not there. */
+function downwards(source, wide, skipped, left, down, target, count) {
+  down.forEach(({ from, by }, y) => {
+    for (let x = 0; x < count; x++) sum(source, 4 * ((from - skipped) * wide + left + x), 4 * wide, by, target, 4 * (y * count + x));
+  });
 }
 
 function sum(source, start, step, by, target, place) {
@@ -66,7 +91,9 @@ function weights(size, out, first, count, name) {
   }
   const scale = size / out;
   if (name === "nearest") {
-    for (let i = 0; i < count; i++) found.push({ from: Math.min(size - 1, Math.floor((first + i + 0.5) * scale)), by: [1 << BITS] });
+    for (let i = 0, at = scale / 2; i < first + count; i++, at += scale) {
+      if (i >= first) found.push({ from: Math.min(size - 1, Math.floor(at)), by: [1 << BITS] });
+    }
     return found;
   }
   const [reach, weight] = FILTERS[name];
