@@ -232,6 +232,8 @@ def test_the_slider_by_keyboard(visit):
         page.focus("#depth")
         page.keyboard.press("End")
         assert all(" → " in text for text in cards.all_text_contents())
+        page.hover(".card canvas")
+        page.locator(".card .lens", has_text="token").wait_for()  # what the patch under the pointer has become
         measured(page)
 
 

@@ -51,7 +51,7 @@ class Exportable(nn.Module):
 
     def _tokens(self, t: Trace) -> Tensor:
         if t.tokens is None:
-            raise UnsupportedError(f"{type(self.model).__name__} tells no trace its patch tokens; leave tokens out")
+            raise UnsupportedError(f"{type(self.model).__name__} tells no trace its patch tokens, which are to be an output")
         return t.tokens
 
     def _run(self, images: Tensor) -> Tensor:

@@ -51,10 +51,11 @@ def described(name: str, own: Reducer | None, index: int) -> dict[str, Any]:
     reducer = own if name == OWN and own is not None else method(name).template()
     heading, words, python = _TOLD.get(name, (None, _first_sentence(type(reducer)), None))
     look = None if name == OWN else method(name).look
+    planned_by_name = f"sv.plan(model, {name!r}, macs={{share:g}})"
     light, dark = (look.light, look.dark) if look else _COLOURS[index % len(_COLOURS)]
     return {
         "key": name, "label": heading or (type(reducer).__name__ if name == OWN else method(name).label), "words": words,
-        "light": light, "dark": dark, "python": python or "sv.plan(model, " + repr(name) + ", macs={share:g})",
+        "light": light, "dark": dark, "python": python or (f"sv.{reducer!r}" if name == OWN else planned_by_name),
     }  # fmt: skip
 
 

@@ -23,13 +23,14 @@ export class Card {
   constructor(method, manifest) {
     this.manifest = manifest;
     this.canvas = make("canvas", { role: "img", width: 224, height: 224, "aria-label": `${method.label}: not computed yet` });
+    this.lens = make("p", { class: "lens", hidden: "" });
     this.tokens = make("dd", { class: "tokens" });
     this.speed = make("dd");
     this.cosine = make("dd");
     this.answer = make("p", { class: "answer" });
     this.stairs = make("div", { class: "course" });
     this.element = make(
-      "article", { class: "card" }, this.canvas,
+      "article", { class: "card" }, make("div", { class: "frame" }, this.canvas, this.lens),
       make("div", { class: "told" }, make("h3", {}, method.label), make("p", { class: "words" }, method.words)),
       make(
         "dl", {}, make("div", { class: "wide" }, make("dt", {}, "tokens"), this.tokens, this.stairs),
@@ -57,6 +58,13 @@ export class Card {
     this.course_.at(depth);
     this.tokens.textContent = left === patches ? `${patches}` : `${patches} → ${left}`;
     return { stage, left };
+  }
+
+  /** Say what a patch under the pointer has become: the number of patches of its token, 0 where it was thrown away. */
+  tell(size) {
+    this.lens.hidden = size === null;
+    if (size === null) return;
+    this.lens.textContent = size === 0 ? "thrown away" : size === 1 ? "a token of its own" : `one token of ${size} patches`;
   }
 
   clear() {

@@ -43,14 +43,15 @@ export function fit(canvas, [rows, columns]) {
   return cell;
 }
 
-/** Draw the photograph, or a stage of it where `look` is given; a change of `key` fades. */
-export function show(canvas, photo, grid, look, key) {
+/** Draw the photograph, or a stage of it where `look` is given, with one group lit; a change of `key` fades. */
+export function show(canvas, photo, grid, look, key, lit = -1) {
   const cell = fit(canvas, grid);
   const next = new OffscreenCanvas(canvas.width, canvas.height);
   const pen = next.getContext("2d");
   pen.imageSmoothingQuality = "high";
   pen.drawImage(photo, 0, 0, next.width, next.height);
   if (look) regions(pen, look, grid, cell);
+  if (look && lit >= 0) outline(pen, look.groups, lit, grid, cell);
   const before = canvas.dataset.key;
   canvas.dataset.key = key;
   if (before === undefined || before === key || calm.matches) canvas.getContext("2d").drawImage(next, 0, 0);
@@ -94,6 +95,25 @@ function regions(pen, { groups, sizes, colours }, [rows, columns], cell) {
   pen.lineWidth = Math.max(1, cell / 16);
   pen.strokeStyle = "rgba(10, 14, 18, 0.42)";
   pen.stroke();
+}
+
+/** A light line around all patches of a group. */
+function outline(pen, groups, lit, [rows, columns], cell) {
+  const inside = (row, column) => row >= 0 && row < rows && column >= 0 && column < columns && groups[row * columns + column] === lit;
+  pen.beginPath();
+  for (let row = 0; row <= rows; row++) {
+    for (let column = 0; column <= columns; column++) {
+      const [x, y] = [column * cell, row * cell];
+      if (inside(row, column) !== inside(row - 1, column)) pen.moveTo(x, y), pen.lineTo(x + cell, y);
+      if (inside(row, column) !== inside(row, column - 1)) pen.moveTo(x, y), pen.lineTo(x, y + cell);
+    }
+  }
+  pen.lineCap = "round";
+  for (const [width, colour] of [[cell / 3, "rgba(10, 14, 18, 0.8)"], [cell / 6, "white"]]) {
+    pen.lineWidth = width;
+    pen.strokeStyle = colour;
+    pen.stroke();
+  }
 }
 
 function hatching(pen, cell) {

@@ -42,6 +42,9 @@ export function build(manifest, sample) {
   Object.assign($("depth"), { max: manifest.depth, value: manifest.depth });
   $("depth-ticks").replaceChildren(make("span", {}, "photograph"), make("span", {}, `block ${manifest.depth}`));
   cards = manifest.methods.map((method) => new Card(method, manifest));
+  for (const card of cards) {
+    for (const name of ["pointermove", "pointerdown", "pointerleave"]) card.canvas.addEventListener(name, (event) => pointed(card, event));
+  }
   $("cards").replaceChildren(...cards.map((card) => card.element));
   maps = [featureFigure("Unreduced"), ...manifest.methods.map((method) => featureFigure(method.label, method))];
   $("maps").replaceChildren(...maps.map((map) => map.element));
@@ -99,11 +102,24 @@ function drawCard(card) {
   card.element.classList.toggle("waiting", !result);
   if (!result) return;
   const key = `${state.photo.name} ${fileOf(card.method)} ${stage}`;
-  show(card.canvas, state.photo.picture, state.manifest.grid, result.looks[stage], key);
+  const look = result.looks[stage];
+  const group = look && card.patch !== undefined ? look.groups[card.patch] : -1;
+  show(card.canvas, state.photo.picture, state.manifest.grid, look, key, group);
+  card.tell(card.patch === undefined ? null : !look ? 1 : group < 0 ? 0 : look.sizes[group]);
   const dropped = stage < 0 ? 0 : result.groups[stage].filter((g) => g < 0).length;
   card.canvas.setAttribute("aria-label", `${card.method.label}: ${left} tokens are left${dropped ? `, ${dropped} patches were thrown away` : ""}`);
   card.cosine.textContent = near(result.cosine);
   card.answer.textContent = answer(result.features, state.manifest.classes);
+}
+
+/** Light up the token that a patch has become. */
+function pointed(card, event) {
+  const [rows, columns] = state.manifest.grid;
+  const { width, height } = card.canvas.getBoundingClientRect();
+  const [row, column] = [Math.floor((event.offsetY * rows) / height), Math.floor((event.offsetX * columns) / width)];
+  const inside = event.type !== "pointerleave" && row >= 0 && row < rows && column >= 0 && column < columns;
+  card.patch = inside ? row * columns + column : undefined;
+  drawCard(card);
 }
 
 function drawMaps() {
@@ -128,7 +144,8 @@ export function drawTimes() {
     const own = of(files[i + 1]);
     card.speed.textContent = own.length && dense.length ? times(median(dense) / median(own)) : "–";
   });
-  $("result").textContent = sentence(files, of);
+  const said = sentence(files, of);
+  if ($("result").textContent !== said) $("result").textContent = said; // it is read aloud
 }
 
 /** What was found, in one sentence. */
@@ -138,7 +155,7 @@ function sentence(files, of) {
   const first = state.manifest.methods[0];
   if (state.share === 1) return "All of the work: every patch is a token to the end. Move the slider.";
   const work = { 0.5: "half of the work", 0.25: "a quarter of the work" }[state.share] ?? `${percent(state.share)} of the work`;
-  const fast = of(files[1]).length && of(files[0]).length ? ` is ${times(median(of(files[0])) / median(of(files[1])))} as fast here, and` : "";
+  const fast = of(files[1]).length >= ROUNDS && of(files[0]).length >= ROUNDS ? ` is ${times(median(of(files[0])) / median(of(files[1])))} as fast here, and` : "";
   return `With ${work} ${first.label}${fast} keeps a cosine of ${near(result.cosine)} to the unreduced features.`;
 }
 
