@@ -31,8 +31,8 @@ def write_runtime(folder: Path, archive: Path | None = None) -> None:
     try:
         with tarfile.open(source) as package:
             for name in SHA256:
-                content = package.extractfile(f"package/dist/{name}")
-                assert content is not None
+                if (content := package.extractfile(f"package/dist/{name}")) is None:
+                    raise KeyError(f"{name} is no file there")
                 (folder / name).write_bytes(content.read())
     except (OSError, tarfile.TarError, KeyError) as error:
         raise ConfigError(f"{source} is not the package {PACKAGE} {VERSION} ({error}); {_BY_HAND}") from error
