@@ -360,16 +360,18 @@ def test_without_a_network_once_loaded(browser, site):
 
 def test_photographs_are_prepared_as_pillow_does(browser, site):
     """To the last bit, smaller and larger, whichever side is longer, whichever direction Pillow begins with."""
-    prepare = """async ([bytes, width, height, how]) => {
+    prepare = """async ([text, width, height, how]) => {
         const {middle, normalised} = await import('./pixels.js');
-        return Array.from(normalised(middle(Uint8ClampedArray.from(bytes), width, height, how), how));
+        const bytes = Uint8ClampedArray.from(atob(text), (c) => c.charCodeAt(0));
+        return Array.from(normalised(middle(bytes, width, height, how), how));
     }"""
     ways = [Preprocessing(50, (48, 40), name) for name in INTERPOLATIONS] + [Preprocessing((40, 60), (40, 52))]
     with served(site) as url, modules(browser, url) as page:
         for how in ways:
             for size in ((131, 77), (77, 131), (33, 61), (50, 50), (60, 150)):
                 image = photograph(*size)
-                given = [list(np.asarray(image.convert("RGBA")).tobytes()), *size, json.loads(json.dumps(how.to_dict()))]
+                pixels = base64.b64encode(image.convert("RGBA").tobytes()).decode()
+                given = [pixels, *size, json.loads(json.dumps(how.to_dict()))]
                 found = np.array(page.evaluate(prepare, given), np.float32)
                 np.testing.assert_array_equal(found.reshape(3, *how.crop), how(image), err_msg=f"{how.interpolation} {size}")
 
@@ -435,7 +437,7 @@ def test_dinov2(browser, archive, tmp_path, monkeypatch):
 def test_weights_are_written_once(site):
     manifest = json.loads((site / job.MANIFEST).read_text())
     alone = sum(p.numel() * 4 for p in tiny().parameters())
-    assert alone <= manifest["weights"]["bytes"] == (site / "model/weights.bin").stat().st_size < 1.1 * alone
+    assert 0.9 * alone < manifest["weights"]["bytes"] == (site / "model/weights.bin").stat().st_size < 1.1 * alone
     assert len(manifest["graphs"]) == 3 and all(graph["error"] < 1e-4 for graph in manifest["graphs"])
     for graph in manifest["graphs"]:
         onnx.checker.check_model(str(site / "model" / graph["file"]))
@@ -470,8 +472,15 @@ def test_shares_that_cannot_be_reached(caplog):
     with pytest.raises(ConfigError, match="cannot reach 1"):
         cases.planned(model, ("topk",), [0.01], (SIZE, SIZE), lambda *said: None)
     found = cases.planned(model, ("topk",), None, (SIZE, SIZE), lambda *said: None)
-    assert [case.told for case in found] == [0.8, 0.65, 0.5] and "goes without 25 %" in caplog.text
-    assert found[0].reducer.stages(DEPTH) == (1,) and found[-1].reducer.stages(DEPTH) == (0,)  # where one stage alone kept too few
+    assert [case.told for case in found] == [0.8, 0.65, 0.5, 0.35] and "goes without 25 %" in caplog.text
+
+
+def test_stages_lie_earlier_where_they_would_keep_too_few():
+    model = zoo.randomize(
+        timm.create_model("vit_tiny_patch16_224", img_size=SIZE, num_classes=3, **{**OPTIONS, "depth": 4}).eval(), 0
+    )
+    late, early = cases.planned(model, ("topk",), [0.65, 0.4], (SIZE, SIZE), lambda *said: None)
+    assert late.reducer.at == (1, 2, 3) and early.reducer.at == (0, 1, 2) and early.reducer.keep > 0.5
 
 
 def test_a_bundle_that_brings_its_reducer():
@@ -486,7 +495,7 @@ def test_a_bundle_that_brings_its_reducer():
 
 
 def test_a_runtime_that_is_another(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.tgz is not the package onnxruntime-web .* npm pack"):
+    with pytest.raises(ConfigError, match=r"none\.tgz is not the package onnxruntime-web .*`npm pack"):
         runtime.write_runtime(tmp_path / "ort", tmp_path / "none.tgz")
     with tarfile.open(tmp_path / "other.tgz", "w:gz") as package:
         for name in runtime.SHA256:
