@@ -79,6 +79,7 @@ async function choose(index) {
 function listen() {
   $("share").addEventListener("input", () => {
     state.share = state.shares[$("share").value];
+    busy();
     chosen();
     clearTimeout(state.soon);
     state.soon = setTimeout(() => compute().catch(failed), 140);
@@ -128,6 +129,7 @@ async function offer(blob, name, credit, index = -1) {
 
 async function take(blob, name, credit = "", index = 0) {
   const turn = ++state.turn;
+  busy();
   const read = await state.engine.photograph(blob);
   problem("");
   if (turn !== state.turn) return;
@@ -142,10 +144,16 @@ async function take(blob, name, credit = "", index = 0) {
 
 // what is computed
 
+/** Until all is known there is nothing to save, and nothing to measure again. */
+function busy() {
+  for (const name of ["again", "save"]) $(name).disabled = true;
+}
+
 /** Run what is not known yet for this photograph and share, then let the models take turns for their times. */
 async function compute() {
   if (!state.photo || !state.engine) return;
   const turn = ++state.turn;
+  busy();
   const files = filesShown();
   for (const file of files) {
     if (!state.results.has(file)) {
@@ -162,7 +170,6 @@ async function compute() {
 }
 
 async function measure(files, turn) {
-  $("again").disabled = true;
   for (const file of files) if (!state.taken.has(file)) state.taken.set(file, []);
   const round = Math.min(...files.map((file) => state.taken.get(file).length));
   for (let i = round; i < ROUNDS; i++) {
