@@ -1,17 +1,21 @@
 # `make demo` and `make test` do everything on a fresh clone: environment, installation, run.
 PYTHON ?= python3
 BIN := .venv/bin
-# tests that load other runtimes, compile C++ or start Ray: in a process of their own, after the others
-RUNTIMES := tests/test_export.py tests/test_predict.py tests/test_scale.py
+# tests that load other runtimes, compile C++, start Ray or a browser: in a process of their own, after the others
+RUNTIMES := tests/test_export.py tests/test_predict.py tests/test_scale.py tests/test_page.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-quick test lint types docs bench bench-gpu upgrade clean
+.PHONY: demo demo-quick page test lint types docs bench bench-gpu upgrade clean
 
 demo: $(INSTALLED)
 	$(BIN)/squeezevit demo --out demo-out
 
 demo-quick: $(INSTALLED)
 	$(BIN)/squeezevit demo --quick --out demo-out
+
+# a folder that any server of static files serves, where the documentation's home page looks for it
+page: $(INSTALLED)
+	$(BIN)/squeezevit page --out site/page
 
 test: lint types docs
 	$(BIN)/python -m pytest -n 2 $(RUNTIMES:%=--ignore=%)

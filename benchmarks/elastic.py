@@ -127,6 +127,7 @@ def lose(data: Path, out: Path, killed: str) -> dict[str, Any]:
             time.sleep(0.2)
         while updates(out) % EPOCH < 10 and left.poll() is None:
             time.sleep(0.1)
+        processes = world(victim)
         kill(victim)
         at, kept = time.monotonic(), updates(out)
         while updates(out) <= kept and left.poll() is None:

@@ -209,7 +209,7 @@ def require_elsewhere(command: str) -> None:
         assert all(name in extras for found in re.findall(r"\[(.+?)\]", command) for name in found.split(",")), command
     else:
         assert first == "python", command
-        if rest[0].endswith("/run.py"):  # of an exported bundle
+        if rest[0].endswith("/run.py") or rest[:2] == ["-m", "http.server"]:  # of an exported bundle; Python's own
             return
         script = (ROOT / rest[0]).read_text() + (ROOT / "benchmarks" / "workshop.py").read_text()
         assert all(f'"{word}"' in script for word in rest if word.startswith("--")), command

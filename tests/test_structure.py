@@ -19,6 +19,7 @@ ROOMS = (
     "export",
     "embed",
     "scale",
+    "page",
     "vlm",
     "compare",
     "cli",

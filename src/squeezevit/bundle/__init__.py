@@ -5,8 +5,6 @@ the model is built, its reducer, preprocessing, classes, versions and what was m
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -19,6 +17,7 @@ from torch import nn
 from squeezevit import sums
 from squeezevit.bench.machine import versions
 from squeezevit.bundle import hosts
+from squeezevit.bundle.whole import write_whole
 from squeezevit.checkpoint import load_checkpoint_, read_checkpoint, save_checkpoint
 from squeezevit.core.attach import reduce_
 from squeezevit.core.cut import require_model
@@ -148,40 +147,13 @@ def write(folder: Path, card: Card, fill: Callable[[Path], None]) -> None:
 
     Raises ConfigError where it cannot be written, or where another folder than a bundle is in its place.
     """
-    if folder.exists() and not (folder / CARD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there and is no bundle; choose another folder, or take that one away first")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error.strerror}); choose a folder of your own") from error
-    try:
+
+    def fill_and_describe(new: Path) -> None:
         fill(new)
         describe_(new, card)
         sums.write(new)
-        new.chmod(0o755)  # mkdtemp's is the owner's alone
-        _take_place(new, folder)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} could not be written ({error.strerror or error}); make room there, or choose another"
-        ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
-
-def _take_place(new: Path, folder: Path) -> None:
-    """Rename a whole folder to its name; one that was there stays until then, and comes back where that fails."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = new.with_name(f"{new.name}.old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    write_whole(folder, fill_and_describe, CARD, "bundle")
 
 
 def describe_(folder: Path, card: Card) -> None:

@@ -14,6 +14,7 @@ import typer
 from squeezevit.cli import faults, inputs, options, screen
 from squeezevit.cli.compare import compare
 from squeezevit.cli.export import export
+from squeezevit.cli.page import page
 from squeezevit.cli.predict import embed, predict
 from squeezevit.cli.search import search
 from squeezevit.errors import ConfigError, DataError, UnsupportedError
@@ -387,7 +388,7 @@ def plan(
     inputs.write_json(json_file, {**header(device), "model": told, **asdict(made), "reducer": repr(made.reducer)})
 
 
-for _command in (compare, export, predict, embed, search):
+for _command in (compare, export, page, predict, embed, search):
     app.command(cls=options.Command)(_command)
 
 

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from squeezevit.core import ops
 from squeezevit.core.cut import description_of
 from squeezevit.core.running import images, share_weights, without_hooks
-from squeezevit.core.trace import trace
+from squeezevit.core.trace import Trace, trace
 from squeezevit.errors import UnsupportedError
 
 OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
@@ -28,20 +28,32 @@ _LOUD = ("onnx_ir", "onnxscript", "torch.onnx", "torch.export", "nncf", "root") 
 class Exportable(nn.Module):
     """A model, or the part of it that takes images, as images [B, 3, H, W] -> its output; its weights are the model's own.
 
-    groups: beside that, after each stage, the token that each patch ended in, -1 where it was dropped: [B, N0] int64.
+    tokens: beside that, of a reduced model, the patch tokens that are left, after the final norm: [B, K, C]. groups: then, after
+    each stage, the token that each patch ended in, -1 where it was dropped: [B, N0] int64.
     """
 
-    def __init__(self, model: nn.Module, groups: bool = False) -> None:
+    def __init__(self, model: nn.Module, groups: bool = False, tokens: bool = False) -> None:
         super().__init__()
         self.model = share_weights(model).eval()
-        self.about, self.groups = description_of(self.model), groups
+        self.about, self.groups, self.tokens = description_of(self.model), groups, tokens
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if not self.groups:
+        if not (self.groups or self.tokens):
             return (self._run(images),)
         with trace(self.model) as t:
             out = self._run(images)
-        return out, *(t.groups_after(j) for j in range(len(t.stages)))
+        groups = (t.groups_after(j) for j in range(len(t.stages) if self.groups else 0))
+        return (out, self._tokens(t), *groups) if self.tokens else (out, *groups)
+
+    def names(self, outputs: int) -> list[str]:
+        """What so many outputs are called, in their order."""
+        first = ["out", "tokens"] if self.tokens else ["out"]
+        return [*first, *(f"groups_{j + 1}" for j in range(outputs - len(first)))]
+
+    def _tokens(self, t: Trace) -> Tensor:
+        if t.tokens is None:
+            raise UnsupportedError(f"{type(self.model).__name__} tells no trace its patch tokens, which are to be an output")
+        return t.tokens
 
     def _run(self, images: Tensor) -> Tensor:
         runs: Any = self.about.tower or self.model

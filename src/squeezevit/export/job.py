@@ -136,7 +136,7 @@ def _fill(model: nn.Module, card: Card, wanted: Wanted, progress: Progress, fold
     """Write all files but the card and the sums into the new folder, and the figures into the card."""
     module, size, threads = Exportable(model, wanted.groups), card.preprocessing.crop, torch.get_num_threads()
     noise = images(module.model, max(verified.fillings(wanted.batch)), size)
-    outputs = ["out", *(f"groups_{j + 1}" for j in range(len(verified.expected(module, noise[:1])) - 1))]
+    outputs = module.names(len(verified.expected(module, noise[:1])))
     if wanted.exporter == "dynamo":
         progress("capturing", 0, 1)
         program = capture(module, wanted.batch, size, wanted.scatter)
