@@ -27,14 +27,17 @@ OTHERS = {
     "--check",
     "--help",
     "--nproc-per-node",
-}  # of pip, sha256sum, torchrun; of every command
+    "--directory",
+    "--silent",
+}  # of pip, sha256sum, torchrun, http.server, npm; of every command
+STYLED = ("report/charts.py", "report/html.py", "compare/page.py", "report/neighbours.py")  # which write style sheets
 ROOMS = ("export", "families")
 NO_NAMES = (".methods", ".reducer")  # the group of entry points, and a key of a file's metadata
 
 
 def texts() -> Iterator[tuple[str, str]]:
     """Where a text stands, and the text; what is filled in reads as {}."""
-    for path in sorted({*ROOT.rglob("*.py")} - {ROOT / "report/charts.py", ROOT / "report/html.py"}):  # which write style sheets
+    for path in sorted({*ROOT.rglob("*.py")} - {ROOT / name for name in STYLED}):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]

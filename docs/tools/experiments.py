@@ -178,6 +178,14 @@ EXPERIMENTS = {
         "How fast and how true is a model in other runtimes?",
         dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1),
     ),
+    "recall": Experiment(
+        "Accuracy",
+        "Retrieval",
+        "How many of the ten nearest photographs does a reduced model find?",
+        dots("label", "recall_apart", "share", unit="recall@10, queries and table by the reduced model"),
+    ),
+    "scale": Experiment("Elsewhere", "Photographs on Ray", "What do speed, starting and memory cost beside the plain command?"),
+    "elastic": Experiment("Elsewhere", "A training that loses a machine", "Does it go on, and is it the same?"),
     "overlap": Experiment("Elsewhere", "Reading beside the model", "How much of reading photographs hides behind the model?"),
     "vlm": Experiment(
         "Elsewhere",
