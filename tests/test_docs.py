@@ -414,6 +414,16 @@ def test_the_tables_of_the_page_on_scale_are_of_their_files():
         ))]  # fmt: skip
 
 
+def test_the_table_of_the_browser_is_of_its_file():
+    rows = results("browser")["rows"]
+    found = table(ROOT / "docs" / "deploy.md", "| weights | method | ms")
+    assert len(found) == len(rows) == 8
+    for cells, row in zip(found, rows, strict=True):
+        assert cells[:2] == [f"{row['precision']}, {row['megabytes']:.0f} MB", label(row)]
+        assert cells[2:4] == [f"{row['ms']:.0f} ({row['ms_best']:.0f})", f"{row['speedup']:.2f} ({row['speedup_best']:.2f})"]
+        assert cells[4:] == [f"{row['cosine']:.3f}", f"{row['rounding']:.3f}"]
+
+
 def test_one_preset_has_one_name():
     cells = [
         cell.strip(" *") for page in PAGES for line in page.read_text().splitlines() if line[:1] == "|" for cell in line.split("|")

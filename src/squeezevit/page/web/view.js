@@ -23,7 +23,7 @@ export function describe(manifest) {
   $("crop").textContent = `${width} × ${height} pixels of it, after resizing`;
   $("memory").textContent = `some ${megabytes(2 * weights.bytes)} for each of the models that take turns`;
   $("precision").textContent = manifest.precision === "int8"
-    ? `The linear layers compute in int8, which takes a quarter of the bytes and about half of the time here; the unreduced model so keeps a cosine of ${near(manifest.dense.nearness)} to itself in float. Rounding may decide which of two tokens that are nearly as important stays, which moves a photograph\u2019s cosine by some hundredths.`
+    ? `The linear layers compute in int8, which takes a quarter of the bytes and, where it was measured, half of the time; the unreduced model so keeps a cosine of ${near(manifest.dense.nearness)} to itself in float. Rounding may decide which of two tokens that are nearly as important stays, which moves a photograph\u2019s cosine by some hundredths: methods that are nearer than that are not ranked by it.`
     : "All layers compute in 32-bit floats.";
   const runtime = `onnxruntime-web ${versions["onnxruntime-web"]}`;
   $("built").textContent = `${manifest.title}, ${manifest.precision}, ${megabytes(weights.bytes)} of weights for ${manifest.graphs.length + 1} graphs, run by ${runtime} (MIT licence). Built ${manifest.created.slice(0, 10)} with squeezevit ${versions.squeezevit}.`;
