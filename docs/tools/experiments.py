@@ -187,6 +187,12 @@ EXPERIMENTS = {
     "scale": Experiment("Elsewhere", "Photographs on Ray", "What do speed, starting and memory cost beside the plain command?"),
     "elastic": Experiment("Elsewhere", "A training that loses a machine", "Does it go on, and is it the same?"),
     "overlap": Experiment("Elsewhere", "Reading beside the model", "How much of reading photographs hides behind the model?"),
+    "browser": Experiment(
+        "Elsewhere",
+        "In the browser",
+        "How fast is a model in the visitor's browser, int8 and float?",
+        dots("method", "speedup", "precision", unit="speed-up over the unreduced model of that precision", line=1),
+    ),
     "vlm": Experiment(
         "Elsewhere",
         "Vision-language: cost",
