@@ -1,7 +1,7 @@
 # `make demo` and `make test` do everything on a fresh clone: environment, installation, run.
 PYTHON ?= python3
 BIN := .venv/bin
-# tests that load other runtimes, compile C++, start Ray or a browser: in a process of their own, after the others
+# tests that load other runtimes, compile C++, start Ray or a browser: after the others, each file in one process
 RUNTIMES := tests/test_export.py tests/test_predict.py tests/test_scale.py tests/test_page.py
 INSTALLED := .venv/.installed
 
@@ -19,7 +19,7 @@ page: $(INSTALLED)
 
 test: lint types docs
 	$(BIN)/python -m pytest -n 2 $(RUNTIMES:%=--ignore=%)
-	$(BIN)/python -m pytest $(RUNTIMES)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(RUNTIMES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -88,8 +88,8 @@ def today(method: str, label: str | None) -> tuple[str, str]:
 
 
 def number(row: Row, keys: Sequence[str], scale: float, digits: int) -> str:
-    """The first of these that the row has; of a list its first entry."""
-    value = next((row[key] for key in keys if row.get(key) is not None), None)
+    """The first of these that the row has, times by name apart; of a list its first entry."""
+    value = next((row[key] for key in keys if row.get(key) is not None and not isinstance(row[key], dict)), None)
     return "" if value is None else f"{scale * (value[0] if isinstance(value, list) else value):.{digits}f}"
 
 

@@ -17,11 +17,11 @@ pytest.importorskip("mkdocs")
 import griffe
 
 import docstrings
-import drawings
+import dotplots
 import hooks
 import listings
+import mechanism
 import messages
-import plots
 import results
 import squeezevit as sv
 import squeezevit.extend
@@ -118,21 +118,21 @@ def test_a_page_of_results_has_its_numbers():
     assert "1.65 G<" in results.pages()["benchmarks/demo.md"]
 
 
-@pytest.mark.parametrize("module", [docstrings, hooks, messages, plots, values], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [docstrings, hooks, messages, dotplots, values], ids=lambda module: module.__name__)
 def test_examples_of_the_tools_hold(module):
     told = doctest.testmod(module)
     assert told.attempted and not told.failed
 
 
 def test_plots_need_values():
-    assert plots.dots([], "ms") == ""
-    assert 'aria-label="ms: 2 rows from 1 to 3' in plots.dots([("a", "", 1.0), ("b", "", 3.0)], "ms")
+    assert dotplots.dots([], "ms") == ""
+    assert 'aria-label="ms: 2 rows from 1 to 3' in dotplots.dots([("a", "", 1.0), ("b", "", 3.0)], "ms")
 
 
-@pytest.mark.parametrize("draw", [drawings.stages, drawings.stage, drawings.weights, drawings.blocks, drawings.mass])
+@pytest.mark.parametrize("draw", [mechanism.stages, mechanism.stage, mechanism.weights, mechanism.blocks, mechanism.mass])
 def test_a_drawing_is_that_of_its_script(draw):
     text = (DOCS / "how" / f"{draw.__name__}.svg").read_text()
-    assert draw() == text, "run python docs/tools/drawings.py"
+    assert draw() == text, "run python docs/tools/mechanism.py"
     assert ElementTree.fromstring(text).find("{http://www.w3.org/2000/svg}title").text
 
 
@@ -142,7 +142,7 @@ def test_drawn_counts_are_those_of_the_library():
     for j, shown in enumerate((98, 49, 25)):
         n = reducer.count(j, n, 196)
         assert shown == n
-    assert drawings.counts(196, 0.5, (3, 6, 9), 12) == [196] * 3 + [98] * 3 + [49] * 3 + [25] * 3
+    assert mechanism.counts(196, 0.5, (3, 6, 9), 12) == [196] * 3 + [98] * 3 + [49] * 3 + [25] * 3
 
 
 def test_links_of_the_repository_become_pages():

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import plots
+import dotplots
 from squeezevit.report import charts
 from squeezevit.report.rows import current
 from values import Row, deep, heading, named
@@ -53,7 +53,7 @@ def dots(
     def draw(rows: list[Row]) -> str:
         chosen = [row for row in rows if all(row.get(key) == wanted for key, wanted in (only or {}).items())]
         points = [(named(row, label), named(row, series), deep(row, value)) for row in chosen]
-        return plots.dots([point for point in points if point[2] is not None], unit or heading(value), line)
+        return dotplots.dots([point for point in points if point[2] is not None], unit or heading(value), line)
 
     return draw
 

@@ -4,7 +4,7 @@ import math
 from html import escape
 from typing import Any
 
-import plots
+import dotplots
 from squeezevit.report.rows import current
 
 Row = dict[str, Any]
@@ -59,7 +59,7 @@ def cell(row: Row, key: str) -> str:
     if isinstance(row.get(f"{key}_se"), float):
         shown += f" ± {text(key, row[f'{key}_se'])}"
     if key in TEXTS and isinstance(value, str):
-        return f'<td><code title="{escape(value)}">{escape(plots.short(value))}</code></td>'
+        return f'<td><code title="{escape(value)}">{escape(dotplots.short(value))}</code></td>'
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return f'<td class="number" data-sort="{value!r}">{shown}</td>' if number else f"<td>{shown}</td>"
 
@@ -97,7 +97,7 @@ def named(row: Row, key: str) -> str:
     if key in PERCENT and isinstance(value, float):
         return f"{100 * value:.0f} %"
     if key in TEXTS:
-        return plots.short(str(value))
+        return dotplots.short(str(value))
     return f"{key.replace('_', ' ')} {value}" if isinstance(value, int | float) else str(value)
 
 

@@ -1,6 +1,6 @@
 """The drawings of docs/how-it-works.md, computed by the same rules as the library and drawn as SVG.
 
-python docs/tools/drawings.py        # docs/how/stages.svg, stage.svg, weights.svg, blocks.svg, mass.svg
+python docs/tools/mechanism.py        # docs/how/stages.svg, stage.svg, weights.svg, blocks.svg, mass.svg
 
 Colours are CSS variables: a viewer's dark or light mode decides, and on the site its page.
 """
