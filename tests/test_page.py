@@ -253,10 +253,15 @@ def test_everything_is_reached_by_the_tabulator(visit):
 
 def test_playing_the_blocks(visit):
     with visit(reduced_motion="no-preference") as page:
+        page.locator("#play:not([aria-label=Pause])").wait_for()  # they are played once unasked
+        page.evaluate(
+            "window.told = []; const play = document.querySelector('#play'); new MutationObserver(() => told.push("
+            "play.getAttribute('aria-label'))).observe(play, {attributes: true})"
+        )
         page.click("#play")
-        page.locator("#play[aria-label=Pause]").wait_for()
         page.locator("#depth-told", has_text=f"after block {DEPTH} of {DEPTH}").wait_for()
         page.locator("#play:not([aria-label=Pause])").wait_for()
+        assert "Pause" in page.evaluate("told")
 
 
 def test_a_broken_file_changes_nothing(visit):

@@ -86,10 +86,10 @@ def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     (tensor([[1, 2]]), tensor([[0]]))
     """
     order = scores.topk(scores.shape[1], dim=1).indices  # topk exports to ONNX, a stable argsort does not
-    return _ascending(order[:, :k]), _ascending(order[:, k:])
+    return ascending(order[:, :k]), ascending(order[:, k:])
 
 
-def _ascending(index: Tensor) -> Tensor:
+def ascending(index: Tensor) -> Tensor:
     """Different numbers [B, M] in ascending order. ExecuTorch has topk but no sort, which is the faster where they are many."""
     if torch.compiler.is_exporting():
         return index.topk(index.shape[1], dim=1, largest=False).values

@@ -186,6 +186,24 @@ def _scatter(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
     return torch.where(hot.sum(-2).movedim(-1, dim) > 0, _brought(hot, dim, rows).to(x.dtype), x)
 
 
+def _scatter_value(x: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    return torch.where(_one_hot(x, dim, index).sum(-2).movedim(-1, dim) > 0, _number(value, x), x)
+
+
+def _select_scatter(x: Tensor, rows: Tensor, dim: int, index: int) -> Tensor:
+    place = torch.arange(x.shape[dim], device=x.device) == index % x.shape[dim]
+    return torch.where(place.view(-1, *[1] * (x.dim() - 1 - dim % x.dim())), rows.unsqueeze(dim), x)
+
+
+def _where_scalar(condition: Tensor, x: Tensor, other: Any) -> Tensor:
+    return torch.where(condition, x, _number(other, x))
+
+
+def _number(value: Any, like: Tensor) -> Tensor:
+    """As a tensor: converters have no word for a number in its place."""
+    return torch.full((1,), value, dtype=like.dtype, device=like.device)
+
+
 def _brought(hot: Tensor, dim: int, rows: Tensor) -> Tensor:
     """What comes to each place: sums of entries, and 0 where none goes."""
     nothing = torch.zeros(1, dtype=rows.dtype, device=rows.device)
@@ -200,4 +218,7 @@ def _one_hot(x: Tensor, dim: int, index: Tensor) -> Tensor:
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.scatter_add.default: _scatter_add,
     torch.ops.aten.scatter.src: _scatter,
+    torch.ops.aten.scatter.value: _scatter_value,
+    torch.ops.aten.select_scatter.default: _select_scatter,
+    torch.ops.aten.where.ScalarOther: _where_scalar,
 }

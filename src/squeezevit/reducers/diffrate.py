@@ -127,7 +127,7 @@ class DiffRate(Staged):
     def reduce(self, s: Stage) -> Reduction:
         scores, count = s.scores(), self.merged(s.index, s.n, s.k)
         order = scores.topk(s.n, dim=1).indices
-        kept, middle, gone = (part.sort(dim=1).values for part in order.split([s.k, count, s.n - s.k - count], dim=1))
+        kept, middle, gone = (ops.ascending(part) for part in order.split([s.k, count, s.n - s.k - count], dim=1))
         if not count:
             return Reduction(s.keep(kept), kept, gone, scores=scores, mass=s.masses().gather(1, s.rows(kept)))
         patches = s.tokens[:, s.prefix :]

@@ -41,7 +41,7 @@ class VisionZip(Staged):
         step = others.shape[1] // count
         chosen, rest = ops.split(((number % step == 0) & (number < step * count)).float()[None], count)
         targets, pruned = others.index_select(1, chosen[0]), others.index_select(1, rest[0])
-        kept = torch.cat([dominant, targets], dim=1).sort(dim=1).values
+        kept = ops.ascending(torch.cat([dominant, targets], dim=1))
         k = keys(s)
         with ops.no_autocast(k):
             _, best = ops.best_match(ops.take(k, pruned), ops.take(k, targets))

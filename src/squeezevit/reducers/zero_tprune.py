@@ -61,7 +61,7 @@ def _attention(s: Stage) -> Tensor:
 def _start(s: Stage, graph: Tensor) -> Tensor:
     """[B, T]; the same for all heads."""
     B, _, T, _ = graph.shape
-    start = graph.new_ones(B, T)
+    start = torch.ones(B, T, dtype=graph.dtype, device=graph.device)
     if s.class_token:
         start[:, 0] = math.sqrt(T)
     return start / start.sum(dim=1, keepdim=True)
