@@ -23,7 +23,21 @@ from workshop import RESULTS, arguments, known, say
 Row = dict[str, Any]
 COLUMNS = ("file", "on", "what", "% MACs", "accuracy", "cosine", "speed-up", "overhead", "ms", "MiB")
 # whom a row is about
-WHAT = ("name", "label", "what", "case", "format", "candidate", "variant", "pruned_by", "kind", "step", "measure", "reducer")
+WHAT = (
+    "name",
+    "label",
+    "what",
+    "case",
+    "format",
+    "candidate",
+    "variant",
+    "pruned_by",
+    "kind",
+    "step",
+    "measure",
+    "killed",
+    "reducer",
+)
 WHERE = ("task", "model", "image_size", "batch_size", "compiled", "fold", "seed", "keep", "share", "asked", "target")
 SETTINGS = ("settings", "model", "task")  # that some files keep in a part of their own
 
