@@ -36,6 +36,7 @@ WHAT = (
     "step",
     "measure",
     "killed",
+    "ends",
     "reducer",
 )
 WHERE = ("task", "model", "image_size", "batch_size", "compiled", "fold", "seed", "keep", "share", "asked", "target")

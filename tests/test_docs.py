@@ -379,6 +379,9 @@ def test_the_tables_of_the_vision_language_page_are_of_their_files():
         assert cells[:3] == [f"{row['keep']:g}", row["what"], str(row["tokens"])] and cells[4:7] == shares
         assert cells[3] == f"{row['prefill_seconds_best']:.2f} s" and cells[8] == f"{row['cache_bytes'] / 2**20:.2f} MiB"
         assert cells[7] == f"{1e3 * row['squeeze_seconds_best']:.0f} ms" and cells[9] == f"{row['tokens_per_second_best']:.1f}"
+    for cells, row in zip(table(page, "| keep | ends"), results("vlm_both")["rows"], strict=True):
+        shares = [f"{row['of_dense_best']:.3f}", f"{row['of_dense']:.3f}"]
+        assert cells == [f"{row['keep']:g}", row["ends"], f"{row['seconds_best']:.2f} s", *shares]
     found = table(page, "| method, places")
     for name, *cells in found:
         rows = [row for row in quality if f"{row['what']}, {row['places']}" == name]

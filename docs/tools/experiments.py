@@ -199,6 +199,12 @@ EXPERIMENTS = {
         "What do fewer image tokens save?",
         dots("keep", "prefill_share_best", "what", unit="prefill, share of dense", line=1),
     ),
+    "vlm_both": Experiment(
+        "Elsewhere",
+        "Vision-language: both ends",
+        "What does a reduced tower save beside a squeezed prompt?",
+        dots("ends", "of_dense_best", "keep", unit="time to the first token, share of dense", line=1),
+    ),
     "vlm_quality": Experiment(
         "Elsewhere",
         "Vision-language: answers",
