@@ -147,7 +147,11 @@ def lose(data: Path, out: Path, killed: str) -> dict[str, Any]:
         "seconds_to_next_checkpoint": back,
         "epochs": len(found),
     }
-    return {**told, "last_line": said.strip().splitlines()[-1][:200], "losses": [float(row["loss"]) for row in found]}
+    return {
+        **told,
+        "last_line": said.strip().splitlines()[-1].replace(f"{out.parent}/", "")[:200],
+        "losses": [float(row["loss"]) for row in found],
+    }
 
 
 def main() -> None:
