@@ -79,7 +79,7 @@ def earlier(path: Path) -> dict[str, Any]:
 
 def untrained() -> tuple[str, ...]:
     """The methods that need no training, in the catalogue's order."""
-    return tuple(n for n, row in methods().items() if n != "identity" and row.template().heads(1, 8) is None)
+    return tuple(n for n, row in methods().items() if n != "identity" and not row.learns)
 
 
 def known(text: str) -> str:

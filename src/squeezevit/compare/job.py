@@ -18,12 +18,12 @@ from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import Reducer
 from squeezevit.core.running import Progress
 from squeezevit.errors import ConfigError, UnsupportedError
+from squeezevit.export.graph import OUTPUTS
 from squeezevit.reducers import Identity
 from squeezevit.reducers.catalog import Method, label_of, method, methods
 
 Size = int | tuple[int, int] | None
 Answer = Callable[[np.ndarray], np.ndarray]  # outputs [n, C] -> a class each, [n]
-OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Asked:
     rows: tuple[Method, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        wanted = [method(name) for name in self.methods] or [row for row in methods().values() if not _learns(row)]
+        wanted = [method(name) for name in self.methods] or [row for row in methods().values() if not row.learns]
         rows = {row.name: row for row in wanted if row.name != "identity"}
         if not rows:
             raise ConfigError(f"methods={self.methods!r} leaves nothing to compare; name some, or none for all")
         for name, row in rows.items():
-            if _learns(row):
+            if row.learns:
                 raise ConfigError(f"{name} scores by heads that are learned, and nothing is trained here; leave it out")
         if not self.shares or not all(0 < share < 1 for share in self.shares):
             raise ConfigError(f"shares={self.shares} of the multiply-adds: give numbers between 0 and 1, as 0.5")
@@ -149,10 +149,6 @@ class _Judged:
 def largest(outputs: np.ndarray) -> np.ndarray:
     """The class of a classifier's largest output: [n, K] -> [n]."""
     return cast(np.ndarray, outputs.argmax(axis=1))
-
-
-def _learns(row: Method) -> bool:
-    return row.template().heads(1, 8) is not None
 
 
 def _error(values: np.ndarray) -> float:

@@ -63,6 +63,11 @@ class Method:
         """The reducer as it is before a budget or a keep ratio is known."""
         return self.make(**self.options)
 
+    @property
+    def learns(self) -> bool:
+        """Whether it scores by heads that have to be trained."""
+        return self.template().heads(1, 8) is not None
+
 
 _ROWS = (
     Method("identity", "unreduced", Identity, look=Look("#1c2127", "#e8ebee")),

@@ -127,7 +127,7 @@ def chosen(settings: Settings) -> list[Method]:
             f"--methods {','.join(settings.methods)!r} leaves nothing to compare; choose from {', '.join(compared())}"
         )
     for name, row in rows.items():
-        if row.template().heads(1, 8) is not None:
+        if row.learns:
             raise ConfigError(f"--methods {name} scores by heads that are learned, and the demo trains nothing; leave it out")
     return list(rows.values())
 
