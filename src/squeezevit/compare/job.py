@@ -99,13 +99,13 @@ def compare(
         raise ConfigError(f"no method can be compared at {asked.shares} of the multiply-adds: {left_out[0]['reason']}")
     speeds = {size: _speeds(model, points, size, asked, image_size, progress) for size in asked.batch_sizes}
     dense = _outputs(model, batches, str(points[0].label), progress)
-    judged = [_Judged(dense, dense, labels, answer)]
+    judged = [_Judged.of(dense, dense, labels, answer)]
     for point in points[1:]:
         found = _outputs(reduce_as_needed_(model, point.reducer), batches, f"{point.label} at {point.share or 'its own'}", progress)
         restore_(model)
-        judged.append(_Judged(found, dense, labels, answer))
+        judged.append(_Judged.of(found, dense, labels, answer))
     rows = [
-        {**_about(point), **one.row(), **_timed({size: at[i] for size, at in speeds.items()})}
+        {**_about(point), **one.row(judged[0], answer is not None), **_timed({size: at[i] for size, at in speeds.items()})}
         for i, (point, one) in enumerate(zip(points, judged, strict=True))
     ]
     for share in asked.shares:
@@ -114,34 +114,29 @@ def compare(
     return {**header(str(next(model.parameters()).device)), **settings, "dense": rows[0], "rows": rows[1:], "left_out": left_out}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Judged:
-    """One reduced model's outputs [n, C] beside the unreduced model's."""
+    """One reduced model's outputs beside the unreduced model's, a number for each image: [n]."""
 
-    found: np.ndarray
-    dense: np.ndarray
-    labels: np.ndarray | None
-    answer: Answer | None
+    near: np.ndarray  # cosine
+    said: np.ndarray  # the classes
+    right: np.ndarray | None  # 1 or 0, where labels are known
 
-    @property
-    def near(self) -> np.ndarray:
-        a, b = self.found.astype(np.float64), self.dense.astype(np.float64)
-        return cast(np.ndarray, (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30))
+    @classmethod
+    def of(cls, found: np.ndarray, dense: np.ndarray, labels: np.ndarray | None, answer: Answer | None) -> "_Judged":
+        """Outputs [n, C] of both."""
+        a, b = found.astype(np.float64), dense.astype(np.float64)
+        near = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+        said = (answer or largest)(found)
+        return cls(near, said, None if labels is None else (said == labels).astype(float))
 
-    @property
-    def right(self) -> np.ndarray | None:
-        return None if self.labels is None else (self.says(self.found) == self.labels).astype(float)
-
-    def says(self, outputs: np.ndarray) -> np.ndarray:
-        return largest(outputs) if self.answer is None else self.answer(outputs)
-
-    def row(self) -> dict[str, Any]:
+    def row(self, dense: "_Judged", answers: bool) -> dict[str, Any]:
         out: dict[str, Any] = {"cosine": float(self.near.mean()), "cosine_se": _error(self.near)}
-        if self.answer is not None:
-            out["same"] = float((self.says(self.found) == self.says(self.dense)).mean())
-        if (right := self.right) is not None:
-            lost = (self.says(self.dense) == self.labels) - right
-            out |= {"accuracy": float(right.mean()), "accuracy_se": _error(right)}
+        if answers:
+            out["same"] = float((self.said == dense.said).mean())
+        if self.right is not None and dense.right is not None:
+            lost = dense.right - self.right
+            out |= {"accuracy": float(self.right.mean()), "accuracy_se": _error(self.right)}
             out |= {"loss": float(lost.mean()), "loss_se": _error(lost)}
         return out
 
@@ -198,7 +193,7 @@ def _outputs(model: nn.Module, batches: Sequence[Tensor], what: str, progress: P
 def _rank(rows: list[tuple[dict[str, Any], _Judged]]) -> None:
     """Write into each row of one share its rank by cosine and, where labels are known, by accuracy."""
     values = {"cosine": {row["method"]: one.near for row, one in rows}}
-    if rows and rows[0][1].labels is not None:
+    if rows and rows[0][1].right is not None:
         values["accuracy"] = {row["method"]: cast(np.ndarray, one.right) for row, one in rows}
     for what, of_method in values.items():
         places = ranks(of_method)
