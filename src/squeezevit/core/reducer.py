@@ -233,7 +233,7 @@ class Reducer:
     @property
     def carries(self) -> bool:
         """Whether later blocks need something from earlier stages (masses, the first count)."""
-        return False
+        return self.weighs
 
     @property
     def weighs(self) -> bool:

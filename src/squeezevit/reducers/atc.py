@@ -36,10 +36,6 @@ class ATC(Staged):
         check_choice(self, "linkage", tuple(_LINKAGES))
 
     @property
-    def carries(self) -> bool:
-        return True
-
-    @property
     def weighs(self) -> bool:
         return True
 

@@ -100,10 +100,6 @@ class DiffRate(Staged):
         return cls(keep=tuple(keep), merge=tuple(merge))
 
     @property
-    def carries(self) -> bool:
-        return True
-
-    @property
     def weighs(self) -> bool:
         return True
 

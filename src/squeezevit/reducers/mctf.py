@@ -45,10 +45,6 @@ class MCTF(PerBlock):
         object.__setattr__(self, "temperatures", tuple(map(float, values)))
 
     @property
-    def carries(self) -> bool:
-        return True
-
-    @property
     def weighs(self) -> bool:
         return True
 

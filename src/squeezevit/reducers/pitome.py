@@ -37,10 +37,6 @@ class PiToMe(Staged):
             raise ConfigError(f"PiToMe: margin={self.margin!r} is no cosine; give a number from -1 to 1, as 0.9")
 
     @property
-    def carries(self) -> bool:
-        return True
-
-    @property
     def weighs(self) -> bool:
         return True
 

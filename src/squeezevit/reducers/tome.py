@@ -20,10 +20,6 @@ class ToMe(PerBlock):
     """
 
     @property
-    def carries(self) -> bool:
-        return True
-
-    @property
     def weighs(self) -> bool:
         return True
 

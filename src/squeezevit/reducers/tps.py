@@ -20,10 +20,6 @@ _MATCHES, _FUSES = ("tokens", "normed", "keys"), ("cosine", "mass")
 class _Squeezing(Scored):
     """Score, split, and squeeze each pruned token into the reserved one most like it. Subclasses say by what."""
 
-    @property
-    def carries(self) -> bool:
-        return self.weighs
-
     def reduce(self, s: Stage) -> Reduction:
         scores = self.ranking(s)
         kept, pruned = ops.split(scores, s.k)

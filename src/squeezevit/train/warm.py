@@ -44,7 +44,7 @@ def warm_heads_(model: nn.Module, batches: Iterable[Tensor], score: Ranking = "m
     reducer = state.reducer
     if not (reducer.learned and isinstance(reducer, Staged)):
         raise ConfigError(f"{reducer} has no score heads to warm; reduce the model by a method that learns, as sv.DTPS")
-    heads, at = net.token_reducer, tuple(stage for stage in reducer.stages(len(description_of(net).blocks)))
+    heads, at = net.token_reducer, reducer.stages(len(description_of(net).blocks))
     guide = restore_(share_weights(net)).eval()
     reduce_(guide, Squeeze(keep=reducer.keep, at=at, score=score))
     prefix, told = description_of(guide).prefix, None
