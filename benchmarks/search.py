@@ -44,6 +44,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "match: normed tokens": {"match": "normed"},
     "match: keys": {"match": "keys"},
     "fuse: the paper's weights": {"fuse": "cosine"},
+    "fuse: masses at mean length": {"fuse": "length"},
     "no bias": {"bias": False},
 }
 
@@ -53,7 +54,8 @@ def candidates() -> dict[str, tuple[Reducer, str | None]]:
     out: dict[str, Any] = {name: (replace(START, at=tuple(at)), curve) for name, (at, curve) in SCHEDULES.items()}
     first, curve = next(iter(out.values()))
     out |= {name: (replace(first, **change), curve) for name, change in PARTS.items()}
-    return out | {method(name).label: (method(name).template(), None) for name in ("tome", "etps+mass")}
+    rows = map(method, ("training-free", "training-free+cls", "tome", "etps+mass"))
+    return out | {row.label: (row.template(), row.curve) for row in rows}
 
 
 def rows_of(candidate: str, tasks: dict[str, Trial], shares: list[float]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import squeezevit as sv
 import zoo
 from squeezevit.core import kernels
+from squeezevit.core.macs import token_counts
 from squeezevit.core.reducer import Carry, Stage
 from squeezevit.errors import ConfigError
 from squeezevit.reducers.catalog import method
@@ -127,12 +128,88 @@ def test_without_a_bias_masses_still_weigh_in_the_fuse():
     assert min((a - b).abs().max() for a, b in ((outputs[0], outputs[2]), (outputs[1], outputs[2]))) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["plain", "registers"])
+def test_fused_tokens_have_the_mean_length_of_those_in_them(kind):
+    """Of what came in, by mass, token after token in float64; and nothing else differs from fusing by mass."""
+    model, x, found, came = zoo.build(kind), zoo.images(2), {}, {}
+    for fuse in ("mass", "length"):
+        sv.reduce_(model, sv.Squeeze(0.4, at=(1, 2), fuse=fuse))
+        handles = [model.blocks[i].norm2.register_forward_hook(lambda m, given, out: taken.append(given[0].double())) for i in (1, 2)]
+        taken: list[torch.Tensor] = []
+        with sv.trace(model) as t:
+            zoo.run(model, x)
+        for handle in handles:
+            handle.remove()
+        found[fuse], came[fuse] = t.stages, taken
+    first = found["length"][0]
+    assert torch.equal(first.hosts, found["mass"][0].hosts) and torch.equal(first.kept, found["mass"][0].kept)
+    prefix = came["mass"][0].shape[1] - first.kept.shape[1]
+    sv.reduce_(model, sv.Squeeze(1.0, at=(1,), fuse="length"))  # all tokens, as they are ahead of the MLP
+    whole: list[torch.Tensor] = []
+    handle = model.blocks[1].norm2.register_forward_hook(lambda m, given, out: whole.append(given[0].double()))
+    zoo.run(model, x)
+    handle.remove()
+    stretched = 0
+    for b, j in np.ndindex(*first.kept.shape):
+        members = [int(first.kept[b, j]), *first.pruned[b][first.hosts[b] == j].tolist()]
+        tokens = whole[0][b, [prefix + i for i in members]]
+        mean = tokens.mean(dim=0)
+        expected = mean * tokens.norm(dim=1).mean() / mean.norm()
+        torch.testing.assert_close(came["length"][0][b, prefix + j], expected, rtol=1e-5, atol=1e-6)
+        if len(members) == 1:
+            assert torch.equal(came["length"][0][b, prefix + j], tokens[0])
+        else:
+            stretched += bool((came["length"][0][b, prefix + j] - came["mass"][0][b, prefix + j]).abs().max() > 1e-4)
+    assert stretched > 2
+    assert torch.equal(came["length"][0][:, :prefix], whole[0][:, :prefix])
+
+
+def test_the_second_stage_weighs_lengths_by_mass():
+    """Two tokens of lengths 1 and 3 that stand for 3 patches and 1: their mean is 1.5 long."""
+    tokens = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]])
+    mass = torch.tensor([[3.0, 1.0, 1.0]])
+    s = Stage(tokens, 0, 2, 1, True, Carry(7, mass=mass), attend=lambda: None)
+    kept, pruned, hosts = torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.tensor([[0]])
+    merged, _ = s.merge_by_mass(s.keep(kept), s.take(pruned), kept, pruned, hosts)
+    out = s.at_mean_length(merged, kept, pruned, hosts)
+    torch.testing.assert_close(out[0].norm(dim=1), torch.tensor([1.5, 1.0]))
+    torch.testing.assert_close(out[0, 0], 1.5 * merged[0, 0] / merged[0, 0].norm())
+
+
+@pytest.mark.parametrize("kind", ["plain", "registers", "distilled"])
+def test_the_last_blocks_patch_tokens_change_nothing_that_a_class_token_reads(kind):
+    model, x = zoo.build(kind), zoo.images(2)
+    whole = zoo.run(model, x)
+    last = len(model.blocks) - 1
+    for options in ({}, {"fuse": "mass"}, {"fuse": "length"}):
+        torch.testing.assert_close(zoo.run(sv.reduce_(model, sv.Squeeze(0.1, at=(last,), **options)), x), whole, rtol=0, atol=1e-6)
+
+
+def test_the_preset_for_class_tokens_leaves_a_tenth_behind_the_last_attention():
+    model = timm.create_model("vit_small_patch16_224").eval()
+    own, other = (sv.preset(name, macs=0.5, model=model) for name in ("training-free+cls", "training-free"))
+    assert own.stages(12) == (0, 3, 6, 9, 11) and sv.ETPS(at="quarters+last").stages(4) == (0, 1, 2, 3)
+    *counts, before, after = token_counts(sv.reduce_(model, own))
+    assert after == pytest.approx(0.1 * before, abs=1) and before > token_counts(sv.reduce_(model, other))[-1] - 1
+    assert sv.macs(sv.reduce_(model, own)) / sv.macs(sv.restore_(model)) == pytest.approx(0.5, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", ["average-pool", "attention-pool"])
+def test_a_preset_for_class_tokens_is_refused_where_patches_are_read(kind):
+    model = zoo.build(kind)
+    with pytest.raises(ConfigError, match="made of patch tokens, too. Take 'training-free', or at='quarters'"):
+        sv.preset("training-free+cls", macs=0.6, model=model)
+    with pytest.raises(ConfigError, match="made of patch tokens"):
+        sv.plan(model, sv.ETPS(at="quarters+last"), macs=0.6)
+    assert sv.preset("training-free", macs=0.6, model=model).at == "quarters"  # what the message says
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"score": "best"}, "score='best' is not known; choose one of 'auto'"),
         ({"match": "values"}, "match='values'"),
-        ({"fuse": "sum"}, "fuse='sum'.*'cosine', 'mass'"),
+        ({"fuse": "sum"}, "fuse='sum'.*'cosine', 'mass', 'length'"),
         ({"bias": 1}, "bias=1"),
         ({"at": "all"}, "at='all'"),
     ],

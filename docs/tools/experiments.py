@@ -118,6 +118,12 @@ EXPERIMENTS = {
         "Speed, latency and memory of every method.",
         dots("label", "speedup_best", unit="speed-up, best round", line=1),
     ),
+    "rivals_cpu": Experiment(
+        "Speed",
+        "What the rivals cost",
+        "How far over the limit is every method that needs no training, with one image and with 16?",
+        dots("label", "overhead_best", "batch_size", unit="time over that of the limit", line=1),
+    ),
     "methods_dinov2_112": Experiment("Speed", "DINOv2 at 112 pixels", "Speed at four budgets.", against_macs("speed")),
     "overhead_cpu": Experiment(
         "Speed",

@@ -16,7 +16,7 @@ from squeezevit.budget.meter import Meter, Setting, Size
 from squeezevit.budget.solve import OutOfReach, solve
 from squeezevit.core.macs import macs
 from squeezevit.core.reducer import Staged
-from squeezevit.core.running import evaluation_mode, forward
+from squeezevit.core.running import evaluation_mode, forward, pooled
 from squeezevit.errors import ConfigError
 
 Schedule = tuple[tuple[int, ...], tuple[float, ...]]  # stages, and the exponent of each: keep_j = keep ** weight_j
@@ -93,7 +93,7 @@ class _Search:
     def features(self) -> Tensor:
         model = self.meter.model
         with evaluation_mode(model):
-            return torch.cat([_features(forward(model, x, "fp32")()) for x in self.images])
+            return torch.cat([pooled(forward(model, x, "fp32")()) for x in self.images])
 
     def fidelity(self, reducer: Staged) -> Tensor:
         """Cosine of features of each image: [n]."""
@@ -157,13 +157,3 @@ def _exponents(template: Staged, stages: int) -> tuple[float, ...]:
         return (1.0,) * stages
     logs = [math.log(ratio) for ratio in template.keep]
     return tuple(round(log * stages / sum(logs), 3) for log in logs)
-
-
-def _features(out: Any) -> Tensor:
-    """One vector an image: a tensor as it is, of a Hugging Face output what it pools."""
-    if isinstance(out, Tensor):
-        return out.flatten(1)
-    for name in ("image_embeds", "logits", "pooler_output"):
-        if getattr(out, name, None) is not None:
-            return getattr(out, name)
-    return out[0][:, 0]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from squeezevit.budget.solve import (
     on_curve,
     solve,
 )  # fmt: skip
-from squeezevit.core.reducer import Reducer, Staged
+from squeezevit.core.reducer import Reducer, Spread, Staged
 from squeezevit.core.running import Progress
 from squeezevit.errors import ConfigError
 from squeezevit.reducers import Identity, catalog
@@ -116,6 +116,7 @@ def make_plan(
     kind = _kind_of(reducer, at, curve)
     with Meter(model, Setting(batch_size, image_size, precision)) as meter:
         tries = kind.placed(at, meter.depth)
+        _require_readout(meter, tries[0])
         if name == "macs":
             return _first(tries, partial(_for_macs, meter, value, progress))
         return _in_time(meter, tries, name, value, fresh, progress)
@@ -287,7 +288,7 @@ def _made(reducer: type[Reducer]) -> Reducer:
 
 
 def _stages(at: Sequence[int] | str) -> Any:
-    if isinstance(at, str) and at not in ("quarters", "every"):
+    if isinstance(at, str) and at not in get_args(Spread):
         raise ConfigError(f"at={at!r}: give block indices, as (3, 6, 9), or 'auto'")
     return at
 
@@ -297,6 +298,15 @@ def _spaced(depth: int) -> list[tuple[int, ...]]:
     step = max(depth // 4, 1)
     latest = min(step, depth - 1)
     return [tuple(b for b in (first, first + step, first + 2 * step) if b < depth) for first in range(latest, -1, -1)]
+
+
+def _require_readout(meter: Meter, kind: _Kind) -> None:
+    """Raise ConfigError where a stage in the last block would change what the model puts out."""
+    if getattr(kind.template, "at", None) == "quarters+last" and not meter.reads_class_token:
+        raise ConfigError(
+            f"{kind.label} leaves few patch tokens behind the last attention, which is right where a model puts out its class token "
+            f"alone; what {type(meter.model).__name__} puts out is made of patch tokens, too. Take 'training-free', or at='quarters'"
+        )
 
 
 def _first(tries: Sequence[_Kind], find: Callable[[_Kind], Plan]) -> Plan:

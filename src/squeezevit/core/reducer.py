@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import index
-from typing import ClassVar, Literal, NamedTuple, SupportsIndex, cast
+from typing import ClassVar, Literal, NamedTuple, SupportsIndex, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from squeezevit.errors import ConfigError
 
 Score = Literal["auto", "cls", "received", "shift"]
 Place = Literal["before", "between", "after"]  # of a stage: before the block, between its halves, or behind them
+Spread = Literal["quarters", "quarters+last", "every"]  # of stages over the depth
 EPS = 1e-9  # 0.55 * 100 is 55.00000000000001 in binary: counts are rounded as the decimals the user wrote
 
 
@@ -176,6 +177,20 @@ class Stage:
         merged = ops.fuse(tokens, gone, hosts + self.prefix, own, weights)
         return merged, own.scatter_add(1, hosts + self.prefix, weights)
 
+    def at_mean_length(self, merged: Tensor, kept: Tensor, pruned: Tensor, hosts: Tensor) -> Tensor:
+        """Merged tokens, each stretched to the mean length of those in it, weighted by mass: [B, P + K, C].
+
+        A mean of tokens that point different ways is shorter than they are, and what later blocks add then weighs too much beside
+        it. A token that hosts nobody is returned as it is, bit for bit.
+        """
+        length = torch.linalg.vector_norm(ops.wide(self.tokens), dim=-1)[..., None]  # (B, P + N, 1)
+        mass, rows, gone = self.masses(), self.rows(kept), pruned + self.prefix
+        own, weights = mass.gather(1, rows), mass.gather(1, gone)
+        mean = ops.fuse(ops.take(length, rows), ops.take(length, gone), hosts + self.prefix, own, weights)
+        whole = torch.linalg.vector_norm(ops.wide(merged), dim=-1, keepdim=True).clamp(min=1e-12)
+        alone = own.scatter_add(1, hosts + self.prefix, weights) == own
+        return (ops.wide(merged) * torch.where(alone[..., None], torch.ones_like(whole), mean / whole)).to(merged.dtype)
+
     def merge(self, kept: Tensor, pruned: Tensor, hosts: Tensor, weights: Tensor | None = None) -> Tensor:
         """The kept tokens, each the mean of itself and those it hosts, weighted by `weights` [B, N] or plain: [B, P + K, C]."""
         weights = torch.ones_like(self.masses()[:, self.prefix :]) if weights is None else weights
@@ -296,16 +311,16 @@ class Staged(Reducer):
 
     keep: ratio kept at every stage, or one per stage, each relative to the count before that stage.
     at: 0-based block indices, ascending; None = one quarter, half and three quarters of the depth, (3, 6, 9) of 12; "quarters" =
-    the first block, too; "every" = all blocks.
+    the first block, too; "quarters+last" = also the last one, for models that read their class token alone; "every" = all blocks.
     """
 
     keep: float | tuple[float, ...] = 0.7
-    at: tuple[int, ...] | Literal["quarters", "every"] | None = None
+    at: tuple[int, ...] | Spread | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         object.__setattr__(self, "keep", _ratios(name, self.keep))
-        if not (self.at is None or (isinstance(self.at, str) and self.at in ("quarters", "every"))):
+        if not (self.at is None or (isinstance(self.at, str) and self.at in get_args(Spread))):
             at = _blocks(name, cast(Sequence[int], self.at))
             object.__setattr__(self, "at", at)
             self._check_lengths(at)
@@ -319,8 +334,9 @@ class Staged(Reducer):
 
     def stages(self, depth: int) -> tuple[int, ...]:
         at: tuple[int, ...]
-        if self.at is None or self.at == "quarters":
-            at = tuple(sorted({depth * i // 4 for i in range(0 if self.at else 1, 4)}))
+        if self.at is None or self.at in ("quarters", "quarters+last"):
+            last = {depth - 1} if self.at == "quarters+last" else set()
+            at = tuple(sorted({depth * i // 4 for i in range(0 if self.at else 1, 4)} | last))
         else:
             at = tuple(range(depth)) if self.at == "every" else self.at
         if at[-1] >= depth:

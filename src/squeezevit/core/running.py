@@ -84,6 +84,16 @@ def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] 
     return noise.to(like.device, like.dtype)
 
 
+def pooled(out: Any) -> Tensor:
+    """Of a model's output, one vector an image: a tensor as it is, of a Hugging Face output what it pools."""
+    if isinstance(out, Tensor):
+        return out.flatten(1)
+    for name in ("image_embeds", "logits", "pooler_output"):
+        if getattr(out, name, None) is not None:
+            return getattr(out, name)
+    return out[0][:, 0]
+
+
 def forward(model: nn.Module, x: Tensor, precision: str, compiled: str | None = None) -> Callable[[], Any]:
     """A forward of the part that takes images, in inference mode; compiled in a mode of torch.compile where one is given."""
     about = description_of(model)

@@ -72,8 +72,12 @@ class Method:
 _ROWS = (
     Method("identity", "unreduced", Identity, look=Look("#1c2127", "#e8ebee")),
     Method(
-        "training-free", "training-free", Squeeze, {"score": "mrmr", "fuse": "mass", "at": "quarters"}, "lorentzian",
+        "training-free", "training-free", Squeeze, {"score": "mrmr", "fuse": "length", "at": "quarters"}, "lorentzian",
         Look("#1d7a2c", "#6fd07c", "*", strong=True), True,
+    ),
+    Method(  # of a model that is read at its class token
+        "training-free+cls", "training-free, class token", Squeeze, {"score": "mrmr", "fuse": "length", "at": "quarters+last"},
+        "lorentzian", Look("#004d40", "#7fe0cf", "*", (4, 1.5)),
     ),
     Method("etps", "eTPS", ETPS, look=Look("#cf3f12", "#ff8552", "o", strong=True), compared=True),
     Method("etps+mass", "eTPS + mass", ETPS, {"mass": True}, None, Look("#0a5fb4", "#62adff", "s", strong=True), True),

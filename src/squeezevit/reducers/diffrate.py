@@ -4,12 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
 
 import torch
 
 from squeezevit.core import ops
-from squeezevit.core.reducer import EPS, Reducer, Reduction, Stage, Staged
+from squeezevit.core.reducer import EPS, Reducer, Reduction, Spread, Stage, Staged
 from squeezevit.errors import ConfigError
 
 Counts = tuple[int, ...]
@@ -55,7 +54,7 @@ class DiffRate(Staged):
     """
 
     keep: float | tuple[float, ...] = 0.925
-    at: tuple[int, ...] | Literal["quarters", "every"] | None = "every"
+    at: tuple[int, ...] | Spread | None = "every"
     merge: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:

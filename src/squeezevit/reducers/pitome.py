@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squeezevit.core import ops
-from squeezevit.core.reducer import Reduction, Stage, Staged, check_choice
+from squeezevit.core.reducer import Reduction, Spread, Stage, Staged, check_choice
 from squeezevit.errors import ConfigError
 from squeezevit.reducers.per_block import keys, pair_off
 
@@ -26,7 +26,7 @@ class PiToMe(Staged):
     """
 
     keep: float | tuple[float, ...] = 0.925
-    at: tuple[int, ...] | Literal["quarters", "every"] | None = "every"
+    at: tuple[int, ...] | Spread | None = "every"
     margin: float = 0.9
     protect: Literal["late", "always"] = "late"
 

@@ -1,12 +1,11 @@
 """SAINT (Jeddi et al. 2025): tokens with many neighbours are dropped, early."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from squeezevit.core import ops
-from squeezevit.core.reducer import Reduction, Stage, Staged
+from squeezevit.core.reducer import Reduction, Spread, Stage, Staged
 from squeezevit.errors import ConfigError
 from squeezevit.reducers.per_block import keys
 
@@ -22,7 +21,7 @@ class SAINT(Staged):
     """
 
     keep: float | tuple[float, ...] = 0.9
-    at: tuple[int, ...] | Literal["quarters", "every"] | None = "every"
+    at: tuple[int, ...] | Spread | None = "every"
     threshold: float = 0.75
     sharpness: float = 10.0
 

@@ -13,7 +13,7 @@ from squeezevit.errors import ConfigError
 
 Ranking = Score | Literal["redundancy", "mrmr", "random"]
 _RELEVANCE = 0.2  # attention spans orders of magnitude: its fifth root tells twins apart from what nobody looks at, and no more
-_MATCHES, _FUSES = ("tokens", "normed", "keys"), ("cosine", "mass")
+_MATCHES, _FUSES = ("tokens", "normed", "keys"), ("cosine", "mass", "length")
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,18 @@ class _Squeezing(Scored):
         scores = self.ranking(s)
         kept, pruned = ops.split(scores, s.k)
         tokens, hosts, mass = s.squeeze(kept, pruned, self.weighs, self.alike(s))
+        if self.stretches:
+            tokens = s.at_mean_length(tokens, kept, pruned, hosts)
         return Reduction(tokens, kept, pruned, hosts, scores, mass)
 
     def ranking(self, s: Stage) -> Tensor:
         """Scores of the patch tokens, [B, N] float32."""
         raise NotImplementedError
+
+    @property
+    def stretches(self) -> bool:
+        """Whether fused tokens get the mean length of those in them."""
+        return False
 
     def alike(self, s: Stage) -> Tensor | None:
         """What patch tokens are matched by, [B, N, D]; None for they themselves."""
@@ -78,14 +85,15 @@ class Squeeze(_Squeezing):
     "random", at the same places in every image; or a function of the `Stage` that returns scores [B, N], float32.
     match: on what a pruned token's host is most like it: its "tokens", tokens as they came into the block and "normed" for its
     attention, or attention "keys" (mean over heads).
-    fuse: "cosine", the paper's weights exp(c), or "mass": tokens remember how many patches they stand for.
+    fuse: "cosine", the paper's weights exp(c); "mass": tokens remember how many patches they stand for; "length": that, and a fused
+    token is as long as those in it are on average, where their mean would be shorter.
     bias: with masses, later attention counts a token that often (log(mass) on its logits).
     `Squeeze()` is `ETPS()`, and `Squeeze(fuse="mass")` is `ETPS(mass=True)`.
     """
 
     score: Ranking | Callable[[Stage], Tensor] = "auto"
     match: Literal["tokens", "normed", "keys"] = "tokens"
-    fuse: Literal["cosine", "mass"] = "cosine"
+    fuse: Literal["cosine", "mass", "length"] = "cosine"
     bias: bool = True
 
     def __post_init__(self) -> None:
@@ -102,7 +110,11 @@ class Squeeze(_Squeezing):
 
     @property
     def weighs(self) -> bool:
-        return self.fuse == "mass"
+        return self.fuse != "cosine"
+
+    @property
+    def stretches(self) -> bool:
+        return self.fuse == "length"
 
     @property
     def biases(self) -> bool:
