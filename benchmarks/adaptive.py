@@ -2,7 +2,7 @@
 
     python benchmarks/adaptive.py        # benchmarks/results/adaptive.json
 
-The training-free preset on emoji (fold 1, as in training_free.py) and solar cells, DINOv2 ViT-S/14. Every image is run at three
+The training-free preset on emoji (fold 1, as in leaderboard.py) and solar cells, DINOv2 ViT-S/14. Every image is run at three
 budgets; buckets of images of one budget each keep shapes static. An image's bucket follows from the mean uniqueness of its patch
 tokens at one block. The block and the direction are chosen on one half of the images and reported on the other. What choosing and
 sorting would cost is left out, so that this is more than an adaptive budget could reach.

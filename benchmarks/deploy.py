@@ -2,25 +2,29 @@
 
 python benchmarks/deploy.py                      # DINOv2 ViT-S/14 at 224 pixels: benchmarks/results/deploy.json
 python benchmarks/deploy.py --image-size 168     # benchmarks/results/deploy_168.json
+python benchmarks/deploy.py --model deit_small_patch16_224 --method etps --json benchmarks/results/deploy_deit.json    # speed alone
 
 Each model is exported, verified and timed against the others in alternating rounds. Loss is that of a linear probe on solar cells,
 in points against the unreduced model in torch: with the probe fitted on that model's features, and with one fitted on the deployed
 model's own. int8 is calibrated on photographs of the part that the probe is fitted on.
 """
 
+import copy
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import nn
 
 import squeezevit as sv
 from squeezevit.bench.timing import alternate
-from squeezevit.core.running import share_weights
+from squeezevit.budget.plan import plan_macs
 from squeezevit.data import dinov2, elpv
 from squeezevit.data.probe import cosine, extract, fit_probe, load_images
 from squeezevit.embed.engines import open_engine
@@ -59,12 +63,52 @@ def exported(model: nn.Module, how: dict[str, Any], calibration: torch.Tensor, b
     return open_engine(folder, threads=torch.get_num_threads()).run
 
 
+class Cells:
+    """Solar cells for DINOv2 ViT-S/14: a linear probe on the unreduced model's features, and what a deployed model's lose by it."""
+
+    def __init__(self, size: int, fit: int, test: int) -> None:
+        paths, probabilities, _ = elpv.load_elpv()
+        parts, labels = elpv.split(probabilities, fit, test, seed=0), elpv.is_defective(probabilities)
+        self.fit, self.test = (load_images([paths[i] for i in part], size, 16) for part in parts)
+        self.labels = tuple(labels[part] for part in parts)
+        self.calibration = torch.cat(self.fit)[: CALIBRATED + HELD_OUT]
+        self.build = lambda: dinov2.dinov2_vit_small(size)
+        dense = self.build()
+        self.probe = fit_probe(extract(dense, self.fit), self.labels[0], extract(dense, self.test), self.labels[1])
+        self.setting = {"n_fit": len(parts[0]), "n_test": len(parts[1])}
+
+    def judge(self, run: Run) -> dict[str, float]:
+        """Points lost with the unreduced model's probe and with one of the run's own features, and their cosine."""
+        found, own = features(run, self.test), self.probe.hits(self.probe.features)
+        refitted = fit_probe(features(run, self.fit), self.labels[0], found, self.labels[1])
+        out: dict[str, float] = {}
+        for key, hits in (("loss", self.probe.hits(found)), ("loss_refitted", refitted.hits(found))):
+            difference = 100 * (own.astype(float) - hits)
+            out |= {key: float(difference.mean()), f"{key}_se": standard_error(difference)}
+        return out | {"cosine": float(cosine(found, self.probe.features).mean())}
+
+
+class Speed:
+    """A model of timm at random weights, for its speed alone; int8 is calibrated on noise."""
+
+    def __init__(self, name: str, size: int) -> None:
+        whole = timm.create_model(name, img_size=size).eval()
+        self.build = lambda: copy.deepcopy(whole)
+        self.calibration = torch.randn(CALIBRATED + HELD_OUT, 3, size, size, generator=torch.Generator().manual_seed(1))
+        self.setting = {"model": name}
+
+    def judge(self, run: Run) -> dict[str, float]:
+        return {}
+
+
 def features(run: Run, batches: list[torch.Tensor]) -> np.ndarray:
     return np.concatenate([run(batch.numpy()) for batch in batches])
 
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--model", help="of timm, at random weights and for speed alone, instead of DINOv2 and its probe")
+    parser.add_argument("--method", default="training-free")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.65, 0.5, 0.35])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
@@ -78,48 +122,25 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     size = chosen.image_size
     file = chosen.json or RESULTS / ("deploy.json" if size == 224 else f"deploy_{size}.json")
-    paths, probabilities, _ = elpv.load_elpv()
-    fit, test = elpv.split(probabilities, chosen.fit, chosen.test, seed=0)
-    labels = elpv.is_defective(probabilities)
-    to_fit, to_test = (load_images([paths[i] for i in part], size, 16) for part in (fit, test))
-    calibration = torch.cat(to_fit)[: CALIBRATED + HELD_OUT]
-    dense = dinov2.dinov2_vit_small(size)
-    probe = fit_probe(extract(dense, to_fit), labels[fit], extract(dense, to_test), labels[test])
-    own, macs = probe.hits(probe.features), sv.macs(dense, size)
-    sheet = Sheet(file, image_size=size, n_fit=len(fit), n_test=len(test), threads=chosen.threads, rounds=chosen.rounds)
+    subject = Speed(chosen.model, size) if chosen.model else Cells(size, chosen.fit, chosen.test)
+    macs = sv.macs(subject.build(), size)
+    sheet = Sheet(file, image_size=size, threads=chosen.threads, rounds=chosen.rounds, **subject.setting)
 
     runs: dict[tuple[int, float, str], Run] = {}
     with tempfile.TemporaryDirectory() as name:
-        for share in chosen.shares:
-            model = share_weights(dense)
-            reducer = None if share == 1 else sv.preset("training-free", macs=share, model=model)
-            if reducer is not None:
-                sv.reduce_(model, reducer)
-            for kind in chosen.formats:
-                row: dict[str, Any] = {
-                    "share": share,
-                    "format": kind,
-                    "macs": sv.macs(model, size) / macs,
-                    "method": "training-free",
-                }
-                start = time.monotonic()
-                for batch in chosen.batch_sizes:
-                    folder, how = Path(name, f"{share}-{kind}-{batch}"), FORMATS[kind]
-                    other = sv.reduce_(dinov2.dinov2_vit_small(size), reducer) if reducer else dinov2.dinov2_vit_small(size)
-                    run = of_torch(other, kind) if how is None else exported(other, how, calibration, batch, size, folder)
-                    runs[batch, share, kind] = run
-                run = runs[chosen.batch_sizes[0], share, kind]
-                found = features(run, to_test)
-                refitted = fit_probe(features(run, to_fit), labels[fit], found, labels[test])
-                for key, hits in (("loss", probe.hits(found)), ("loss_refitted", refitted.hits(found))):
-                    difference = 100 * (own.astype(float) - hits)
-                    row |= {key: float(difference.mean()), f"{key}_se": standard_error(difference)}
-                row |= {"cosine": float(cosine(found, probe.features).mean()), "seconds": time.monotonic() - start}
-                sheet.add(
-                    row,
-                    f"{share:.0%} {kind}: cosine {row['cosine']:.4f}, loss {row['loss']:.1f}, refitted {row['loss_refitted']:.1f}",
-                )
-                sheet.save()
+        for share, kind in product(chosen.shares, chosen.formats):
+            start, how = time.monotonic(), FORMATS[kind]
+            reducer = plan_macs(subject.build(), "identity" if share == 1 else chosen.method, share, image_size=size)
+            model = sv.reduce_(subject.build(), reducer)
+            row: dict[str, Any] = {"share": share, "format": kind, "macs": sv.macs(model, size) / macs, "method": chosen.method}
+            for batch in chosen.batch_sizes:
+                folder, own = Path(name, f"{share}-{kind}-{batch}"), copy.deepcopy(model)
+                made = of_torch(own, kind) if how is None else exported(own, how, subject.calibration, batch, size, folder)
+                runs[batch, share, kind] = made
+            row |= subject.judge(runs[chosen.batch_sizes[0], share, kind]) | {"seconds": time.monotonic() - start}
+            told = ", ".join(f"{key} {row[key]:.4g}" for key in ("cosine", "loss", "loss_refitted") if key in row)
+            sheet.add(row, f"{share:.0%} {kind}: {told}")
+            sheet.save()
         for batch in chosen.batch_sizes:
             time_all(sheet, {key[1:]: run for key, run in runs.items() if key[0] == batch}, batch, size, chosen.rounds)
     sheet.save()

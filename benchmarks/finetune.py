@@ -19,10 +19,11 @@ import squeezevit as sv
 from answers import Answers, write_tables
 from squeezevit.budget.plan import plan_macs
 from squeezevit.core.reducer import Reducer
+from squeezevit.reducers import catalog
 from squeezevit.train.warm import warm_heads_
 from tasks import DATA, TASKS, Pictures, Task, backbone, pack
 from training import Recipe, logits, train
-from workshop import RESULTS, arguments, say
+from workshop import RESULTS, arguments, say, untrained
 
 AT = (2, 4, 6, 8)
 SHARES = (0.5, 0.35)
@@ -30,9 +31,10 @@ METHODS = ("etps", "etps+mass", "dtps", "dtps:topk", "dtps:warm", "evit", "dynam
 
 
 def make(method: str, share: float, task: Task, weights: Path | None) -> Reducer:
-    """The reducer that costs this share of the unreduced model's MACs, its own cost included."""
+    """The reducer that costs this share of the unreduced model's MACs, its own cost included; at AT where it has no stages."""
     name, _, way = method.partition(":")
-    reducer = plan_macs(backbone(task, weights), name, share, AT)
+    own = getattr(catalog.method(name).template(), "at", None)
+    reducer = plan_macs(backbone(task, weights), name, share, AT if own is None else None)
     return replace(reducer, train=way) if way in ("masked", "topk") else reducer
 
 
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="for a first look: fewer, of both trainings")
-    parser.add_argument("--methods", nargs="*", choices=METHODS)
+    parser.add_argument("--methods", nargs="*", choices=(*METHODS, *(name for name in untrained() if name not in METHODS)))
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the unreduced model's MACs")
     parser.add_argument("--head-lr", type=float, default=Recipe.head_lr)
     parser.add_argument("--keep-ratio", type=float, default=Recipe.keep_ratio, help="weight of the keep-ratio loss")

@@ -2,9 +2,12 @@
 
     python benchmarks/leaderboard.py [--tasks cells]        # benchmarks/results/leaderboard.json and one page a task beside it
 
-DINOv2 ViT-S/14, the tasks of training_free.py: a linear probe on the unreduced model's features judges emoji and solar cells,
-photographs are judged by how near their features stay. Ranks are by paired tests of all pairs within a share, corrected for their
-number. Times are alternating rounds of all methods. Tasks that are in the file already and are not asked for stay.
+DINOv2 ViT-S/14. A linear probe on the unreduced model's features judges emoji at 112 pixels and solar cells at 168 and 112;
+photographs at 224 are judged by how near their features stay. Emoji: the preset was chosen on images of fold 0 (search.py), this
+tests on fold 1. Cells: some that the probe is fitted on were chosen on, none that are tested. Photographs: those crops of
+scikit-image's that search.py did not see, and as many of scikit-learn's two, of which it saw none. Ranks are by paired tests of
+all pairs within a share, corrected for their number. Times are alternating rounds of all methods. Tasks that are in the file
+already and are not asked for stay.
 """
 
 from pathlib import Path

@@ -2,8 +2,6 @@
 
     python benchmarks/methods.py                      # benchmarks/results/methods_cpu.json
     python benchmarks/methods.py --device cuda --precision bf16
-    python benchmarks/methods.py --model vit_small_patch14_dinov2 --image-size 112 --shares 0.65 0.5 0.44 0.35 --times-only \
-        --json benchmarks/results/methods_dinov2_112.json        # the model of docs/training-free.md
     python benchmarks/methods.py --batch-sizes 1 16 --times-only --methods training-free tome pitome ... \
         --json benchmarks/results/rivals_cpu.json                # overhead of the rivals, docs/speed.md
 

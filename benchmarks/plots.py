@@ -19,7 +19,7 @@ from workshop import RESULTS, arguments
 
 DOCS = Path(__file__).parents[1] / "docs"
 INK, PALE, ORANGE, BLUE = "#1c2127", "#9fb7cf", "#cf3f12", "#0a5fb4"
-COMPARED = ("training-free", "etps+mass", "tome", "evit", "topk", "random")
+COMPARED = ("training-free+cls", "training-free", "etps+mass", "tome", "atc", "evit", "topk", "random")
 
 
 def read(name: str) -> Any:
@@ -113,8 +113,8 @@ def resolution() -> None:
 
 def wall_clock() -> None:
     """Accuracy and cosine on emoji against the speed measured at the same reducers, so that methods can be read at equal time."""
-    speed = {(r["method"], r["share"]): r["speedup_best"] for r in map(current, read("methods_dinov2_112")["rows"])}
-    rows = [current(r) for r in read("training_free")["emoji"]["rows"]]
+    emoji = read("leaderboard")["emoji"]
+    dense, *rows = [current(r) for r in (emoji["dense"], *emoji["rows"])]
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
     drawings: tuple[tuple[Any, str, Callable[[dict[str, Any]], float]], ...] = (
         (axes[0], "accuracy, %", lambda r: 100 * r["accuracy"]), (axes[1], "cosine with unreduced", lambda r: r["cosine"]),
@@ -122,11 +122,11 @@ def wall_clock() -> None:
     for axis, label, value in drawings:
         for method, look in looks(COMPARED).items():
             own = [r for r in rows if r["method"] == method]
-            points = sorted((speed[method, r["share"]], value(r)) for r in own)
+            points = sorted((r["times"]["16"]["speedup_best"], value(r)) for r in own)
             axis.plot(*zip(*points, strict=True), color=look.light, marker=look.marker, label=own[0]["label"])
         axis.set(xlabel="speed-up at batch 16", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].axhline(100 * rows[0]["accuracy"], color=INK, linestyle=":", label="unreduced")
+    axes[0].axhline(100 * dense["accuracy"], color=INK, linestyle=":", label="unreduced")
     axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     save(figure, "wall-clock.svg")
 

@@ -3,7 +3,7 @@
     python benchmarks/search.py        # benchmarks/results/search.json
 
 DINOv2 ViT-S/14 without training: schedules first, then the parts of the reducer one at a time. Emoji: a quarter of fold 0 at 112
-pixels (training_free.py reports on fold 1). Cells: 96 of the photographs that its probe is fitted on, at 168 pixels. Photographs:
+pixels (leaderboard.py reports on fold 1). Cells: 96 of the photographs that its probe is fitted on, at 168 pixels. Photographs:
 every other crop of four at 224 pixels. Every candidate at the same share of the multiply-adds; mean cosine of features with the
 unreduced model's, and over all tasks the mean of log10(1 - cosine), so that no task drowns the others.
 """

@@ -40,6 +40,7 @@ VARIANTS = {
     "a stage in every block": replace(PRESET, at="every"),
     "the paper's weights instead of masses": replace(PRESET, fuse="cosine"),
     "masses without the bias in attention": replace(PRESET, bias=False),
+    "fused tokens as short as their mean": replace(PRESET, fuse="mass"),
     "matched on keys instead of tokens": replace(PRESET, match="keys"),
 }
 

@@ -590,7 +590,7 @@ def test_a_stranger_is_drawn_as_it_says_or_in_a_spare_look(
 
 
 @pytest.mark.parametrize(
-    ("file", "part"), [("demo", None), ("methods_cpu", None), ("bench", None), ("training_free", "emoji"), ("dense", None)]
+    ("file", "part"), [("demo", None), ("methods_cpu", None), ("bench", None), ("leaderboard", "emoji"), ("dense", None)]
 )
 def test_earlier_results_are_read_by_the_names_of_today(file: str, part: str | None) -> None:
     content = json.loads((RESULTS / f"{file}.json").read_text())

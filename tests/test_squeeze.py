@@ -14,6 +14,7 @@ import zoo
 from squeezevit.core import kernels
 from squeezevit.core.macs import token_counts
 from squeezevit.core.reducer import Carry, Stage
+from squeezevit.core.trace import StageTrace
 from squeezevit.errors import ConfigError
 from squeezevit.reducers.catalog import method
 
@@ -132,36 +133,33 @@ def test_without_a_bias_masses_still_weigh_in_the_fuse():
 def test_fused_tokens_have_the_mean_length_of_those_in_them(kind):
     """Of what came in, by mass, token after token in float64; and nothing else differs from fusing by mass."""
     model, x, found, came = zoo.build(kind), zoo.images(2), {}, {}
-    for fuse in ("mass", "length"):
-        sv.reduce_(model, sv.Squeeze(0.4, at=(1, 2), fuse=fuse))
-        handles = [model.blocks[i].norm2.register_forward_hook(lambda m, given, out: taken.append(given[0].double())) for i in (1, 2)]
+
+    def ahead_of_the_mlp(reducer: sv.Squeeze) -> tuple[StageTrace, torch.Tensor]:
         taken: list[torch.Tensor] = []
+        handle = sv.reduce_(model, reducer).blocks[1].norm2.register_forward_hook(lambda m, given, out: taken.append(given[0]))
         with sv.trace(model) as t:
             zoo.run(model, x)
-        for handle in handles:
-            handle.remove()
-        found[fuse], came[fuse] = t.stages, taken
-    first = found["length"][0]
-    assert torch.equal(first.hosts, found["mass"][0].hosts) and torch.equal(first.kept, found["mass"][0].kept)
-    prefix = came["mass"][0].shape[1] - first.kept.shape[1]
-    sv.reduce_(model, sv.Squeeze(1.0, at=(1,), fuse="length"))  # all tokens, as they are ahead of the MLP
-    whole: list[torch.Tensor] = []
-    handle = model.blocks[1].norm2.register_forward_hook(lambda m, given, out: whole.append(given[0].double()))
-    zoo.run(model, x)
-    handle.remove()
-    stretched = 0
+        handle.remove()
+        return t.stages[0], taken[0].double()
+
+    for fuse in ("mass", "length"):
+        found[fuse], came[fuse] = ahead_of_the_mlp(sv.Squeeze(0.4, at=(1, 2), fuse=fuse))
+    first = found["length"]
+    assert torch.equal(first.hosts, found["mass"].hosts) and torch.equal(first.kept, found["mass"].kept)
+    prefix = came["mass"].shape[1] - first.kept.shape[1]
+    whole, stretched = ahead_of_the_mlp(sv.Squeeze(1.0, at=(1,), fuse="length"))[1], 0
     for b, j in np.ndindex(*first.kept.shape):
         members = [int(first.kept[b, j]), *first.pruned[b][first.hosts[b] == j].tolist()]
-        tokens = whole[0][b, [prefix + i for i in members]]
+        tokens = whole[b, [prefix + i for i in members]]
         mean = tokens.mean(dim=0)
         expected = mean * tokens.norm(dim=1).mean() / mean.norm()
-        torch.testing.assert_close(came["length"][0][b, prefix + j], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(came["length"][b, prefix + j], expected, rtol=1e-5, atol=1e-6)
         if len(members) == 1:
-            assert torch.equal(came["length"][0][b, prefix + j], tokens[0])
+            assert torch.equal(came["length"][b, prefix + j], tokens[0])
         else:
-            stretched += bool((came["length"][0][b, prefix + j] - came["mass"][0][b, prefix + j]).abs().max() > 1e-4)
+            stretched += bool((came["length"][b, prefix + j] - came["mass"][b, prefix + j]).abs().max() > 1e-4)
     assert stretched > 2
-    assert torch.equal(came["length"][0][:, :prefix], whole[0][:, :prefix])
+    assert torch.equal(came["length"][:, :prefix], whole[:, :prefix])
 
 
 def test_the_second_stage_weighs_lengths_by_mass():
@@ -189,7 +187,7 @@ def test_the_preset_for_class_tokens_leaves_a_tenth_behind_the_last_attention():
     model = timm.create_model("vit_small_patch16_224").eval()
     own, other = (sv.preset(name, macs=0.5, model=model) for name in ("training-free+cls", "training-free"))
     assert own.stages(12) == (0, 3, 6, 9, 11) and sv.ETPS(at="quarters+last").stages(4) == (0, 1, 2, 3)
-    *counts, before, after = token_counts(sv.reduce_(model, own))
+    *_, before, after = token_counts(sv.reduce_(model, own))
     assert after == pytest.approx(0.1 * before, abs=1) and before > token_counts(sv.reduce_(model, other))[-1] - 1
     assert sv.macs(sv.reduce_(model, own)) / sv.macs(sv.restore_(model)) == pytest.approx(0.5, abs=0.005)
 
@@ -197,7 +195,7 @@ def test_the_preset_for_class_tokens_leaves_a_tenth_behind_the_last_attention():
 @pytest.mark.parametrize("kind", ["average-pool", "attention-pool"])
 def test_a_preset_for_class_tokens_is_refused_where_patches_are_read(kind):
     model = zoo.build(kind)
-    with pytest.raises(ConfigError, match="made of patch tokens, too. Take 'training-free', or at='quarters'"):
+    with pytest.raises(ConfigError, match=r"made of patch tokens, too\. Take 'training-free', or at='quarters'"):
         sv.preset("training-free+cls", macs=0.6, model=model)
     with pytest.raises(ConfigError, match="made of patch tokens"):
         sv.plan(model, sv.ETPS(at="quarters+last"), macs=0.6)

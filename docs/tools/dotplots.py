@@ -54,6 +54,13 @@ def nice(low: float, high: float, wanted: int = 4) -> list[float]:
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
+_PRESETS = (  # by their settings; the first is what "training-free" was until 2026-11-30
+    ("quarters", "mass", "training-free (by mass)"),
+    ("quarters", "length", "training-free"),
+    (r"quarters\+last", "length", "training-free, class token"),
+)
+
+
 def short(reducer: str) -> str:
     """Of a reducer's repr, what is not a default.
 
@@ -63,5 +70,6 @@ def short(reducer: str) -> str:
     defaults = "at=None|score='auto'|mass=False|train='masked'|normalize=False|match='tokens'|bias=True|seed=0|fuse='cosine'"
     common = rf"(?:, )?(?:{defaults})(?=[,)])"
     cleaned = re.sub(common, "", reducer)
-    cleaned = re.sub(r"^Squeeze\(keep=(\(.*?\)), at='quarters', score='mrmr', fuse='mass'\)$", r"training-free \1", cleaned)
+    for at, fuse, name in _PRESETS:
+        cleaned = re.sub(rf"^Squeeze\(keep=(\(.*?\)), at='{at}', score='mrmr', fuse='{fuse}'\)$", rf"{name} \1", cleaned)
     return re.sub(r"\d\.\d{4,}", lambda found: f"{float(found[0]):.2g}", cleaned)

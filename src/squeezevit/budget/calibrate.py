@@ -6,7 +6,6 @@ A search over stages and the share each takes of the reduction, every candidate 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F

@@ -80,7 +80,7 @@ class Meter:
 
     @cached_property
     def reads_class_token(self) -> bool:
-        """Whether no patch token behind the last attention changes what the model puts out: seen on noise, by leaving one of them."""
+        """Whether no patch token behind the last attention changes what the model puts out; tried on noise, by leaving one."""
         if not self.about.class_token:
             return False
         x, left = images(self.model, 1, self.setting.image_size), TopK(keep=1e-6, at=(self.depth - 1,))

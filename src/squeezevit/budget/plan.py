@@ -304,8 +304,9 @@ def _require_readout(meter: Meter, kind: _Kind) -> None:
     """Raise ConfigError where a stage in the last block would change what the model puts out."""
     if getattr(kind.template, "at", None) == "quarters+last" and not meter.reads_class_token:
         raise ConfigError(
-            f"{kind.label} leaves few patch tokens behind the last attention, which is right where a model puts out its class token "
-            f"alone; what {type(meter.model).__name__} puts out is made of patch tokens, too. Take 'training-free', or at='quarters'"
+            f"{kind.label} leaves few patch tokens behind the last attention, which is right where a model puts out its class "
+            f"token alone; what {type(meter.model).__name__} puts out is made of patch tokens, too. Take 'training-free', or "
+            "at='quarters'"
         )
 
 

@@ -31,7 +31,7 @@ class OutOfReach(ConfigError):
 def on_curve(template: Staged, curve: str, strength: float, patches: int, stages: int) -> Staged:
     """The keep ratios of `stages` stages that follow a curve down, from level at strength 0 to falling at once at 1.
 
-    A stage that "quarters+last" puts into the last block is not on the curve: it leaves `LAST` of what comes, and at strength 0 all.
+    A stage that "quarters+last" puts into the last block is not on the curve: it leaves `LAST` of what comes, at strength 0 all.
     """
     apart = 1 if template.at == "quarters+last" else 0
     steepness, on = strength / max(1 - strength, 1e-4), max(stages - apart, 1)

@@ -334,7 +334,7 @@ class Staged(Reducer):
 
     def stages(self, depth: int) -> tuple[int, ...]:
         at: tuple[int, ...]
-        if self.at is None or self.at in ("quarters", "quarters+last"):
+        if self.at is None or self.at == "quarters" or self.at == "quarters+last":
             last = {depth - 1} if self.at == "quarters+last" else set()
             at = tuple(sorted({depth * i // 4 for i in range(0 if self.at else 1, 4)} | last))
         else:
