@@ -57,7 +57,7 @@ def nice(low: float, high: float, wanted: int = 4) -> list[float]:
 _PRESETS = (  # by their settings; the first is what "training-free" was until 2026-11-30
     ("quarters", "mass", "training-free (by mass)"),
     ("quarters", "length", "training-free"),
-    (r"quarters\+last", "length", "training-free, class token"),
+    (r"quarters\+last", "length", "training-free + cls"),
 )
 
 

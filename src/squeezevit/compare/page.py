@@ -67,9 +67,9 @@ def _lead(results: Mapping[str, Any], subject: str) -> str:
         if not (rows := [row for row in results["rows"] if row["share"] == share]):
             continue
         first = [row["label"] for row in sorted(rows, key=lambda row: -row[measure]) if row[f"{measure}_rank"] == 1]
-        parts.append(f"at {100 * share:.0f} %: {', '.join(first)}")
-    told = f"First in {measure}, or not told from the first, by share of the unreduced model's multiply-adds: {'; '.join(parts)}."
-    return f'<p class="lead">{words(subject)}</p><p>{words(told)}</p>'
+        parts.append(f"<li>at {100 * share:.0f} %: {escape(', '.join(first))}</li>")
+    told = f"First in {measure}, or not told from the first, by share of the unreduced model's multiply-adds:"
+    return f'<p class="lead">{words(subject)}</p><p>{words(told)}</p><ul>{"".join(parts)}</ul>'
 
 
 def _table(results: Mapping[str, Any]) -> str:

@@ -302,8 +302,8 @@ def _line(axes: Any, x: list[float], y: list[Any], error: list[float], look: Loo
         line.set_dashes(look.dashes)
 
 
-def _crowded(axes: Any, ends: list[tuple[Any, float, str, Style]], wanted: float = 0.25) -> bool:
-    """Less than this share of the chart's width is left to the right of the last point; names take a quarter."""
+def _crowded(axes: Any, ends: list[tuple[Any, float, str, Style]], wanted: float) -> bool:
+    """Less than this share of the chart's width is left to the right of the last point."""
     left, far = axes.get_xlim()
     return max(end[1] for end in ends) + wanted * (far - left) > far
 
@@ -326,8 +326,9 @@ def _label_ends(axes: Any, ends: list[tuple[Any, float, str, Style]], apart: flo
         places = [min(max(place, low + step / 2), high - step / 2) for place in places]
     right = max(end[1] for end in ends)
     left, far = axes.get_xlim()
-    if _crowded(axes, ends):
-        far = right + 0.35 * (right - left)
+    names = min(0.06 + 0.017 * max(len(end[2]) for end in ends), 0.5)  # what they take of the chart's width
+    if _crowded(axes, ends, names):
+        far = right + names / (1 - names) * (right - left)
         axes.set_xlim(left, far)
     column = right + 0.055 * (far - left)
     for place, (y, x, label, style) in zip(places, order, strict=True):
