@@ -19,7 +19,7 @@ from workshop import RESULTS, arguments
 
 DOCS = Path(__file__).parents[1] / "docs"
 INK, PALE, ORANGE, BLUE = "#1c2127", "#9fb7cf", "#cf3f12", "#0a5fb4"
-COMPARED = ("training-free+cls", "training-free", "etps+mass", "tome", "atc", "evit", "topk", "random")
+COMPARED = ("class-token", "training-free", "etps+mass", "tome", "atc", "evit", "topk", "random")
 
 
 def read(name: str) -> Any:

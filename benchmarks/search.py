@@ -54,7 +54,7 @@ def candidates() -> dict[str, tuple[Reducer, str | None]]:
     out: dict[str, Any] = {name: (replace(START, at=tuple(at)), curve) for name, (at, curve) in SCHEDULES.items()}
     first, curve = next(iter(out.values()))
     out |= {name: (replace(first, **change), curve) for name, change in PARTS.items()}
-    rows = map(method, ("training-free", "training-free+cls", "tome", "etps+mass"))
+    rows = map(method, ("training-free", "class-token", "tome", "etps+mass"))
     return out | {row.label: (row.template(), row.curve) for row in rows}
 
 

@@ -250,7 +250,7 @@ def test_help_is_short_of_a_letter_everywhere_and_says_what_it_means(command, ca
     if command == "demo":
         assert 'pip install "squeezevit[demo]"' in said
     if command in ("eval", "bench", "train", "show", "plan"):
-        assert all(name in said for name in catalog.methods())
+        assert all(name in said.replace(" ", "") for name in catalog.methods())  # a name may be broken at its hyphen
 
 
 def test_without_a_command_there_is_help(capsys):

@@ -185,7 +185,7 @@ def test_the_last_blocks_patch_tokens_change_nothing_that_a_class_token_reads(ki
 
 def test_the_preset_for_class_tokens_leaves_a_tenth_behind_the_last_attention():
     model = timm.create_model("vit_small_patch16_224").eval()
-    own, other = (sv.preset(name, macs=0.5, model=model) for name in ("training-free+cls", "training-free"))
+    own, other = (sv.preset(name, macs=0.5, model=model) for name in ("class-token", "training-free"))
     assert own.stages(12) == (0, 3, 6, 9, 11) and sv.ETPS(at="quarters+last").stages(4) == (0, 1, 2, 3)
     *_, before, after = token_counts(sv.reduce_(model, own))
     assert after == pytest.approx(0.1 * before, abs=1) and before > token_counts(sv.reduce_(model, other))[-1] - 1
@@ -196,7 +196,7 @@ def test_the_preset_for_class_tokens_leaves_a_tenth_behind_the_last_attention():
 def test_a_preset_for_class_tokens_is_refused_where_patches_are_read(kind):
     model = zoo.build(kind)
     with pytest.raises(ConfigError, match=r"made of patch tokens, too\. Take 'training-free', or at='quarters'"):
-        sv.preset("training-free+cls", macs=0.6, model=model)
+        sv.preset("class-token", macs=0.6, model=model)
     with pytest.raises(ConfigError, match="made of patch tokens"):
         sv.plan(model, sv.ETPS(at="quarters+last"), macs=0.6)
     assert sv.preset("training-free", macs=0.6, model=model).at == "quarters"  # what the message says

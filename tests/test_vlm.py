@@ -723,7 +723,7 @@ def test_one_budget_for_both_ends(name):
     for image in prompt.images:
         n = int((~image.separators).sum())
         assert len(image.kept) == math.ceil(n / 4) + int(image.separators.sum())
-    assert vlm.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 4
+    assert vlm.generate(**inputs, **GREEDY, min_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 4
     sv.restore_(model.base_model)
     assert torch.equal(model(**inputs).logits, dense)
 
@@ -741,6 +741,7 @@ def test_one_budget_is_refused_before_the_tower_is_reduced():
         "'tome' has no keep ratio": {"method": "tome"},
         'scores="tower": the tower is itself reduced': {"scores": "tower"},
         "keep=2 is not a share": {"keep": 2},
+        "take at='quarters', as the method 'training-free'": {"method": "class-token"},
         "scores='loud' is unknown": {"scores": "loud"},
     }.items():
         with bad(match):

@@ -49,7 +49,7 @@ def against_time(*batches: int) -> Callable[[list[Row]], str]:
     """Accuracy, or cosine where there are no labels, over the measured time of an image; a chart for each batch size."""
 
     def draw(rows: list[Row]) -> str:
-        if "times" not in rows[0]:  # methods that were left out
+        if "times" not in rows[-1]:  # methods that were left out
             return ""
         dense, *rest = (current(row) for row in rows)
         measure = "accuracy" if "accuracy" in dense else "cosine"

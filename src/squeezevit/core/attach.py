@@ -202,6 +202,11 @@ def _refuse(model: nn.Module, about: Description, reducer: Reducer, stages: tupl
             f"{name} {about.needs_grid}; give grid=True, and every patch gets the token that it ended in: "
             f"sv.reduce_(model, {reducer}, grid=True)"
         )
+    if grid and getattr(reducer, "at", None) == "quarters+last":
+        raise ConfigError(
+            f"{reducer} leaves few patch tokens behind the last attention, but {name} is to put patch tokens out (grid=True); take "
+            "at='quarters', as the method 'training-free' has it"
+        )
     if grid and not about.grids:
         raise UnsupportedError(f"{name} puts no full grid out (grid=True); use sv.trace and its scatter_back")
 

@@ -76,7 +76,7 @@ _ROWS = (
         Look("#1d7a2c", "#6fd07c", "*", strong=True), True,
     ),
     Method(  # of a model that is read at its class token
-        "training-free+cls", "training-free + cls", Squeeze, {"score": "mrmr", "fuse": "length", "at": "quarters+last"},
+        "class-token", "training-free + cls", Squeeze, {"score": "mrmr", "fuse": "length", "at": "quarters+last"},
         "lorentzian", Look("#004d40", "#7fe0cf", "*", (4, 1.5)),
     ),
     Method("etps", "eTPS", ETPS, look=Look("#cf3f12", "#ff8552", "o", strong=True), compared=True),
