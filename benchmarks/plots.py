@@ -115,7 +115,7 @@ def wall_clock() -> None:
     """Accuracy and cosine on emoji against the speed measured at the same reducers, so that methods can be read at equal time."""
     emoji = read("leaderboard")["emoji"]
     dense, *rows = [current(r) for r in (emoji["dense"], *emoji["rows"])]
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.6), layout="constrained")
     drawings: tuple[tuple[Any, str, Callable[[dict[str, Any]], float]], ...] = (
         (axes[0], "accuracy, %", lambda r: 100 * r["accuracy"]), (axes[1], "cosine with unreduced", lambda r: r["cosine"]),
     )  # fmt: skip
@@ -127,7 +127,7 @@ def wall_clock() -> None:
         axis.set(xlabel="speed-up at batch 16", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].axhline(100 * dense["accuracy"], color=INK, linestyle=":", label="unreduced")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     save(figure, "wall-clock.svg")
 
 
