@@ -163,3 +163,9 @@ def test_nothing_is_fetched_from_elsewhere():
     config, assets = (ROOT / "mkdocs.yml").read_text(), (DOCS / "assets").glob("*")
     assert "font: false" in config and "analytics" not in config
     assert not [file.name for file in assets if re.search(r"https?://(?!www\.w3\.org/)", file.read_text())]
+
+
+def test_charts_have_a_colour_for_each_method_in_both_schemes():
+    light, dark = hooks.colours().splitlines()
+    assert light.startswith('[data-md-color-scheme="default"]') and "--m-class-token: #004d40;" in light
+    assert dark.startswith('[data-md-color-scheme="slate"]') and "--m-class-token: #7fe0cf;" in dark

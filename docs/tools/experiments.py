@@ -199,6 +199,12 @@ EXPERIMENTS = {
         "How fast and how true is a model in other runtimes?",
         dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1),
     ),
+    "deploy_deit": Experiment(
+        "Elsewhere",
+        "Exported DeiT-S",
+        "How fast is eTPS in other runtimes, compiled, and one image at a time?",
+        dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1),
+    ),
     "recall": Experiment(
         "Accuracy",
         "Retrieval",

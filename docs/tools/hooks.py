@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 import listings
 import messages
 import results
+from squeezevit.report import charts
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<=\]\()(?!https?://|#|mailto:)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
@@ -27,6 +28,7 @@ REPOSITORY = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.m
 SOURCES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 ELSEWHERE: set[str] = set()  # links to other sites, for a list
 MADE_IN_THE_BROWSER = "page/index.html"
+METHODS = "assets/methods.css"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -37,6 +39,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     benchmarks = next(part["Benchmarks"] for part in config.nav if "Benchmarks" in part)
     benchmarks.extend({group: pages} for group, pages in results.navigation().items())
     return config
+
+
+def colours() -> str:
+    """The methods' colours in charts, on white and on black."""
+    schemes = {"default": charts.css_variables(dark=False), "slate": charts.css_variables(dark=True)}
+    return "".join(f'[data-md-color-scheme="{name}"] {{ {variables} }}\n' for name, variables in schemes.items())
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -60,6 +68,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "examples.md": listings.examples(ROOT / "examples"),
         "messages.md": messages.page(),
         "api/command-line.md": listings.commands(),
+        METHODS: colours(),
         **results.pages(),
     }
     for uri, content in made.items():
