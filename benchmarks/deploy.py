@@ -139,7 +139,7 @@ def main() -> None:
                 runs[batch, share, kind] = made
             row |= subject.judge(runs[chosen.batch_sizes[0], share, kind]) | {"seconds": time.monotonic() - start}
             told = ", ".join(f"{key} {row[key]:.4g}" for key in ("cosine", "loss", "loss_refitted") if key in row)
-            sheet.add(row, f"{share:.0%} {kind}: {told}")
+            sheet.add(row, f"{share:.0%} {kind}: {told or 'ready'}")
             sheet.save()
         for batch in chosen.batch_sizes:
             time_all(sheet, {key[1:]: run for key, run in runs.items() if key[0] == batch}, batch, size, chosen.rounds)
