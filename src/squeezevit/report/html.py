@@ -126,8 +126,8 @@ def _preset(rows: Sequence[Row]) -> str:
     text = (
         f"{row['label']} is this library's preset for models that are not trained further, in {len(row['tokens']) - 1} stages. "
         "A token's score is low where it is like a token that gets more attention, so that what is pruned has a twin; each pruned "
-        "token is fused into the kept token most like it, by the number of patches that both stand for. How many are kept at each "
-        "stage follows from the budget. All of this was chosen by measuring, on other photographs than these."
+        "token is fused into the kept token most like it, by the number of patches that both stand for, at their mean length. How "
+        "many are kept at each stage follows from the budget. All of this was chosen by measuring, on other photographs than these."
     )
     return f"<p>{words(text)}</p>"
 
