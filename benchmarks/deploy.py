@@ -101,6 +101,11 @@ class Speed:
         return {}
 
 
+def reduced(model: nn.Module, method: str, share: float, size: int) -> nn.Module:
+    """The model at a share of its multiply-adds."""
+    return sv.reduce_(model, plan_macs(model, "identity" if share == 1 else method, share, image_size=size))
+
+
 def features(run: Run, batches: list[torch.Tensor]) -> np.ndarray:
     return np.concatenate([run(batch.numpy()) for batch in batches])
 
@@ -128,11 +133,11 @@ def main() -> None:
 
     runs: dict[tuple[int, float, str], Run] = {}
     with tempfile.TemporaryDirectory() as name:
+        models = {share: reduced(subject.build(), chosen.method, share, size) for share in chosen.shares}
+        of_dense = {share: sv.macs(model, size) / macs for share, model in models.items()}
         for share, kind in product(chosen.shares, chosen.formats):
-            start, how = time.monotonic(), FORMATS[kind]
-            reducer = plan_macs(subject.build(), "identity" if share == 1 else chosen.method, share, image_size=size)
-            model = sv.reduce_(subject.build(), reducer)
-            row: dict[str, Any] = {"share": share, "format": kind, "macs": sv.macs(model, size) / macs, "method": chosen.method}
+            start, how, model = time.monotonic(), FORMATS[kind], models[share]
+            row: dict[str, Any] = {"share": share, "format": kind, "macs": of_dense[share], "method": chosen.method}
             for batch in chosen.batch_sizes:
                 folder, own = Path(name, f"{share}-{kind}-{batch}"), copy.deepcopy(model)
                 made = of_torch(own, kind) if how is None else exported(own, how, subject.calibration, batch, size, folder)

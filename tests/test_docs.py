@@ -358,8 +358,11 @@ def test_the_headline_of_the_readme_is_of_its_file():
     demo = results("demo")
     row = next(r for r in demo["rows"] if label(r) == "training-free" and r["target"] == 0.5)
     headline = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("**"))
-    assert f"{row['speedup']:.2f} times as fast" in headline and f"({percent(row)} %)" in headline
-    assert abs(row["accuracy"] - demo["dense"]["accuracy"]) < row["paired_difference_se"] / 2, "as accurate as before"
+    assert (
+        f"{row['speedup']:.2f} times as fast" in headline
+        and f"({percent(row)} %, unreduced {percent(demo['dense'])} %)" in headline
+    )
+    assert row["accuracy"] >= demo["dense"]["accuracy"]
 
 
 def test_the_table_of_the_demo_is_of_its_file():

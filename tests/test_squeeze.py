@@ -168,8 +168,8 @@ def test_the_second_stage_weighs_lengths_by_mass():
     mass = torch.tensor([[3.0, 1.0, 1.0]])
     s = Stage(tokens, 0, 2, 1, True, Carry(7, mass=mass), attend=lambda: None)
     kept, pruned, hosts = torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.tensor([[0]])
-    merged, _ = s.merge_by_mass(s.keep(kept), s.take(pruned), kept, pruned, hosts)
-    out = s.at_mean_length(merged, kept, pruned, hosts)
+    merged, total = s.merge_by_mass(s.keep(kept), s.take(pruned), kept, pruned, hosts)
+    out = s.at_mean_length(merged, kept, pruned, hosts, total)
     torch.testing.assert_close(out[0].norm(dim=1), torch.tensor([1.5, 1.0]))
     torch.testing.assert_close(out[0, 0], 1.5 * merged[0, 0] / merged[0, 0].norm())
 

@@ -39,10 +39,14 @@ def against_macs(*which: str) -> Callable[[list[Row]], str]:
         drawn = [kinds[name](results) for name in which if name != "accuracy" or dense["accuracy"] is not None]
         if not counted:  # then the axis has shares alone
             drawn = [re.sub(r"(?<=>)[\d.]+ G(?=<)", "", svg) for svg in drawn]
-        figures = "".join(f'<figure class="chart">{svg}</figure>' for svg in drawn)
-        return f'<div class="charts">{figures}</div>'
+        return side_by_side(drawn)
 
     return draw
+
+
+def side_by_side(drawn: list[str]) -> str:
+    figures = "".join(f'<figure class="chart">{svg}</figure>' for svg in drawn)
+    return f'<div class="charts">{figures}</div>'
 
 
 def against_time(*batches: int) -> Callable[[list[Row]], str]:
@@ -53,9 +57,7 @@ def against_time(*batches: int) -> Callable[[list[Row]], str]:
             return ""
         dense, *rest = (current(row) for row in rows)
         measure = "accuracy" if "accuracy" in dense else "cosine"
-        drawn = [charts.time_chart({"dense": dense, "rows": rest}, measure, batch) for batch in batches]
-        figures = "".join(f'<figure class="chart">{svg}</figure>' for svg in drawn)
-        return f'<div class="charts">{figures}</div>'
+        return side_by_side([charts.time_chart({"dense": dense, "rows": rest}, measure, batch) for batch in batches])
 
     return draw
 

@@ -177,8 +177,10 @@ class Stage:
         merged = ops.fuse(tokens, gone, hosts + self.prefix, own, weights)
         return merged, own.scatter_add(1, hosts + self.prefix, weights)
 
-    def at_mean_length(self, merged: Tensor, kept: Tensor, pruned: Tensor, hosts: Tensor) -> Tensor:
+    def at_mean_length(self, merged: Tensor, kept: Tensor, pruned: Tensor, hosts: Tensor, total: Tensor) -> Tensor:
         """Merged tokens, each stretched to the mean length of those in it, weighted by mass: [B, P + K, C].
+
+        total: their masses [B, P + K], as `merge_by_mass` returns them beside the tokens.
 
         A mean of tokens that point different ways is shorter than they are, and what later blocks add then weighs too much beside
         it. A token that hosts nobody is returned as it is, bit for bit.
@@ -188,8 +190,8 @@ class Stage:
         own, weights = mass.gather(1, rows), mass.gather(1, gone)
         mean = ops.fuse(ops.take(length, rows), ops.take(length, gone), hosts + self.prefix, own, weights)
         whole = torch.linalg.vector_norm(ops.wide(merged), dim=-1, keepdim=True).clamp(min=1e-12)
-        alone = own.scatter_add(1, hosts + self.prefix, weights) == own
-        return (ops.wide(merged) * torch.where(alone[..., None], torch.ones_like(whole), mean / whole)).to(merged.dtype)
+        alone = (total == own)[..., None]
+        return (ops.wide(merged) * torch.where(alone, torch.ones_like(whole), mean / whole)).to(merged.dtype)
 
     def merge(self, kept: Tensor, pruned: Tensor, hosts: Tensor, weights: Tensor | None = None) -> Tensor:
         """The kept tokens, each the mean of itself and those it hosts, weighted by `weights` [B, N] or plain: [B, P + K, C]."""
@@ -334,11 +336,13 @@ class Staged(Reducer):
 
     def stages(self, depth: int) -> tuple[int, ...]:
         at: tuple[int, ...]
-        if self.at is None or self.at == "quarters" or self.at == "quarters+last":
+        if isinstance(self.at, tuple):
+            at = self.at
+        elif self.at == "every":
+            at = tuple(range(depth))
+        else:
             last = {depth - 1} if self.at == "quarters+last" else set()
             at = tuple(sorted({depth * i // 4 for i in range(0 if self.at else 1, 4)} | last))
-        else:
-            at = tuple(range(depth)) if self.at == "every" else self.at
         if at[-1] >= depth:
             raise ConfigError(
                 f"{type(self).__name__}: at={at} names block {at[-1]}, but the model has {depth} blocks, "

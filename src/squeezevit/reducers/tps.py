@@ -24,8 +24,8 @@ class _Squeezing(Scored):
         scores = self.ranking(s)
         kept, pruned = ops.split(scores, s.k)
         tokens, hosts, mass = s.squeeze(kept, pruned, self.weighs, self.alike(s))
-        if self.stretches:
-            tokens = s.at_mean_length(tokens, kept, pruned, hosts)
+        if self.stretches and mass is not None:
+            tokens = s.at_mean_length(tokens, kept, pruned, hosts, mass)
         return Reduction(tokens, kept, pruned, hosts, scores, mass)
 
     def ranking(self, s: Stage) -> Tensor:
