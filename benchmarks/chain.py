@@ -8,7 +8,7 @@ part. Recipes are those of finetune.py with fewer epochs; times are alternating 
 """
 
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--dense-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--methods", nargs="+", default=["training-free", "etps+mass"])
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default=Recipe.precision, help="of the training")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, default=RESULTS / "chain.json")
     args = parser.parse_args()
@@ -65,13 +66,13 @@ def main() -> None:
         pack(TASKS["cells"], file)
     pictures = Pictures(task, file)
     test, rest = (np.flatnonzero(mask) for mask in (pictures.fold == FOLD, pictures.fold != FOLD))
-    recipe = replace(Recipe(), dense_epochs=args.dense_epochs, epochs=args.epochs, anneal_epochs=args.epochs / 3)
+    epochs = {"dense_epochs": args.dense_epochs, "epochs": args.epochs, "anneal_epochs": args.epochs / 3}
+    recipe = replace(Recipe(precision=args.precision), **epochs)
     models = trained(pictures, rest, recipe, args.methods)
     calibration = pictures.batch(torch.from_numpy(np.random.RandomState(0).permutation(rest)[:192]))
     images, labels = [batch.numpy() for batch in pictures.batches(test, BATCH)], pictures.labels[torch.from_numpy(test)].numpy()
     sheet = Sheet(
-        args.json, share=SHARE, image_size=SIZE, n_test=len(test), dense_epochs=args.dense_epochs, epochs=args.epochs,
-        batch=BATCH, rounds=args.rounds,
+        args.json, share=SHARE, image_size=SIZE, n_test=len(test), recipe=asdict(recipe), batch=BATCH, rounds=args.rounds,
     )  # fmt: skip
     runs: dict[tuple[str, str], Any] = {}
     hits: dict[tuple[str, str], np.ndarray] = {}

@@ -27,19 +27,19 @@ from workshop import RESULTS, arguments, say, untrained
 
 AT = (2, 4, 6, 8)
 SHARES = (0.5, 0.35)
-METHODS = ("etps", "etps+mass", "dtps", "dtps:topk", "dtps:warm", "evit", "dynamicvit", "topk", "tome", "random")
+METHODS = ("etps", "etps+mass", "dtps", "dtps:topk", "dtps:warm", "dtps:warm:topk", "evit", "dynamicvit", "topk", "tome", "random")
 
 
 def make(method: str, share: float, task: Task, weights: Path | None) -> Reducer:
     """The reducer that costs this share of the unreduced model's MACs, its own cost included; at AT where it has no stages."""
-    name, _, way = method.partition(":")
+    name, *ways = method.split(":")
     own = getattr(catalog.method(name).template(), "at", None)
     reducer = plan_macs(backbone(task, weights), name, share, AT if own is None else None)
-    return replace(reducer, train=way) if way in ("masked", "topk") else reducer
+    return replace(reducer, train="topk") if "topk" in ways else reducer
 
 
 def run(args: argparse.Namespace) -> None:
-    task, recipe = TASKS[args.task], Recipe(head_lr=args.head_lr, keep_ratio=args.keep_ratio)
+    task, recipe = TASKS[args.task], Recipe(head_lr=args.head_lr, keep_ratio=args.keep_ratio, precision=args.precision)
     if args.epochs:
         recipe = replace(recipe, epochs=args.epochs, dense_epochs=args.epochs, anneal_epochs=args.epochs / 3)
     pictures = Pictures(task, args.data, args.device)
@@ -85,7 +85,8 @@ def main() -> None:
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the unreduced model's MACs")
     parser.add_argument("--head-lr", type=float, default=Recipe.head_lr)
     parser.add_argument("--keep-ratio", type=float, default=Recipe.keep_ratio, help="weight of the keep-ratio loss")
-    parser.add_argument("--warm", type=int, default=300, help="batches of 64 that the heads of dtps:warm have before the training")
+    parser.add_argument("--warm", type=int, default=300, help="batches of 64 that warm heads have before the training")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default=Recipe.precision)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from squeezevit.core.attach import retune_
 from squeezevit.core.reducer import Reducer
+from squeezevit.core.running import autocast
 from squeezevit.train.objective import LossWeights, Objective
 from tasks import Pictures
 
@@ -33,6 +34,7 @@ class Recipe:
     weight_decay: float = 0.05
     smoothing: float = 0.1
     keep_ratio: float = 2.0  # weight of the loss that holds learned heads to their ratio; the papers' (of trainings 100 x as long)
+    precision: str = "bf16"  # or "fp32", which a processor without bfloat16 computes sooner
 
     def objective(self, teacher: nn.Module | None) -> Objective:
         return Objective(nn.CrossEntropyLoss(label_smoothing=self.smoothing), LossWeights(keep_ratio=self.keep_ratio), teacher)
@@ -78,7 +80,7 @@ def train(
             retune_(model, reducer.annealed(min(step / anneal, 1.0)))
         chosen = order[step % per_epoch * recipe.batch_size :][: recipe.batch_size]
         images = pictures.batch(chosen, generator)
-        with torch.autocast(pictures.device, torch.bfloat16):
+        with autocast(pictures.device, recipe.precision):
             losses = objective(model, images, pictures.labels[chosen.to(pictures.device)])
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()

@@ -97,3 +97,15 @@ def test_a_folder_without_images_is_named(tmp_path):
 
     with pytest.raises(DataError, match="holds 0 images"):
         sample_images(tmp_path, 8, lambda image: image)
+
+
+def test_a_sample_reaches_the_last_photographs_of_a_folder(tmp_path):
+    """Where a folder holds less than twice what is wanted, too: its first ones alone would be of its first classes."""
+    from PIL import Image
+
+    from squeezevit.data.folder import sample_images
+
+    for shade in range(7):
+        Image.new("L", (4, 4), 30 * shade).save(tmp_path / f"{shade}.png")
+    shades = sample_images(tmp_path, 4, lambda image: round(image.getpixel((0, 0))[0] / 30))
+    assert shades == [0, 1, 3, 5]

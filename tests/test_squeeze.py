@@ -6,17 +6,21 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models._features import FeatureGetterNet
 
 import squeezevit as sv
 import zoo
+from squeezevit.budget.calibrate import calibrate
+from squeezevit.budget.plan import like
 from squeezevit.core import kernels
 from squeezevit.core.macs import token_counts
 from squeezevit.core.reducer import Carry, Stage
 from squeezevit.core.trace import StageTrace
 from squeezevit.errors import ConfigError
-from squeezevit.reducers.catalog import method
+from squeezevit.reducers.catalog import label_of, method
 
 
 @pytest.mark.parametrize("kind", ["plain", "average-pool", "registers"])
@@ -192,14 +196,102 @@ def test_the_preset_for_class_tokens_leaves_a_tenth_behind_the_last_attention():
     assert sv.macs(sv.reduce_(model, own)) / sv.macs(sv.restore_(model)) == pytest.approx(0.5, abs=0.005)
 
 
-@pytest.mark.parametrize("kind", ["average-pool", "attention-pool"])
+def averaged(**options):
+    """A model that takes the mean of its patch tokens."""
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, global_pool="avg", **options).eval()
+
+
+def with_a_large_offset():
+    model = averaged(num_classes=1)
+    model.head.bias.data.fill_(100.0)
+    return model
+
+
+def llava():
+    tower = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64}
+    words = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
+    text = transformers.LlamaConfig(**words)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**tower, patch_size=16), text_config=text, vision_feature_layer=-1,
+        image_token_index=5, image_seq_length=16,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def clip():
+    tower = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {"vision_config": {**tower, "image_size": 64, "patch_size": 16}, "text_config": {**tower, "vocab_size": 64}}
+    return transformers.CLIPModel(transformers.CLIPConfig(**sizes, projection_dim=16)).eval()
+
+
+def without_numbers():
+    with torch.device("meta"):
+        return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4)
+
+
+READ_ELSEWHERE = {
+    "average-pool": lambda: zoo.build("average-pool"),
+    "attention-pool": lambda: zoo.build("attention-pool"),
+    "a head of zeros": lambda: averaged(weight_init="jax"),
+    "a large offset": with_a_large_offset,
+    "a feature pyramid": lambda: FeatureGetterNet(averaged(), out_indices=[1, 3], output_fmt="NLC"),
+    "a language model": llava,
+    "the meta device": without_numbers,
+}
+
+
+@pytest.mark.parametrize("kind", READ_ELSEWHERE)
 def test_a_preset_for_class_tokens_is_refused_where_patches_are_read(kind):
-    model = zoo.build(kind)
-    with pytest.raises(ConfigError, match=r"made of patch tokens, too\. Take 'training-free', or at='quarters'"):
-        sv.preset("class-token", macs=0.6, model=model)
-    with pytest.raises(ConfigError, match="made of patch tokens"):
-        sv.plan(model, sv.ETPS(at="quarters+last"), macs=0.6)
-    assert sv.preset("training-free", macs=0.6, model=model).at == "quarters"  # what the message says
+    """By every way in: the preset, a plan, a reducer that was planned for another model, and a search."""
+    model = READ_ELSEWHERE[kind]()
+    message = r"leaves few patch tokens behind the last attention.* take at='quarters', as the method 'training-free' has it"
+    elsewhere = sv.ETPS(keep=0.5, at="quarters+last")
+    for way in (
+        lambda: sv.preset("class-token", macs=0.6, model=model),
+        lambda: sv.plan(model, elsewhere, macs=0.6),
+        lambda: sv.reduce_(model, elsewhere),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            way()
+    assert "squeezevit_state" not in vars(model)
+    if kind != "the meta device":
+        sv.reduce_(model, replace(elsewhere, at="quarters"))  # what the message says
+
+
+def test_models_that_read_their_class_token_are_told_from_others():
+    for model in (zoo.build("plain"), zoo.build("distilled"), zoo.build("registers"), zoo.build("hf-clip-tower"), clip()):
+        sv.reduce_(model, sv.ETPS(keep=0.5, at="quarters+last"))
+    with pytest.raises(ConfigError, match="is to put patch tokens out"):
+        sv.reduce_(zoo.build("hf-vit"), sv.ETPS(keep=0.5, at="quarters+last"), grid=True)
+    with pytest.raises(ConfigError, match="which a search would move"):
+        calibrate(zoo.build("plain"), method("class-token").template(), 0.6, [zoo.images()])
+
+
+@pytest.mark.parametrize(("depth", "share"), [(2, 0.95), (2, 0.9), (4, 0.95), (12, 0.99), (12, 0.95), (12, 0.9)])
+def test_mild_budgets_are_met_for_class_tokens_too(depth, share):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=depth).eval()
+    reducer = sv.preset("class-token", macs=share, model=model)
+    assert sv.macs(sv.reduce_(model, reducer)) / sv.macs(sv.restore_(model)) == pytest.approx(share, abs=0.006)
+    assert label_of(reducer) == method("class-token").label
+
+
+def test_a_keep_ratio_for_class_tokens_is_that_of_the_other_stages():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64).eval()
+    assert like(model, "class-token", 0.6).keep == (0.6, 0.6, 0.6, 0.6, 0.1)
+    assert like(model, "class-token", (0.9, 0.8, 0.7, 0.6, 0.5)).keep == (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+def test_tokens_that_cancel_are_not_stretched_without_bound():
+    """Of a token and its opposite nothing but rounding is left, which is no direction."""
+    v = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    tokens = torch.stack([v, -v * (1 + 1e-6)])[None].requires_grad_()
+    s = Stage(tokens, 0, 2, 1, True, Carry(2), attend=lambda: None)
+    kept, pruned, hosts = torch.tensor([[0]]), torch.tensor([[1]]), torch.tensor([[0]])
+    merged, total = s.merge_by_mass(s.keep(kept), s.take(pruned), kept, pruned, hosts)
+    out = s.at_mean_length(merged, kept, pruned, hosts, total)
+    assert out[0, 0].norm() <= 4.001 * merged[0, 0].norm()
+    out.sum().backward()
+    assert tokens.grad.abs().max() < 10
 
 
 @pytest.mark.parametrize(

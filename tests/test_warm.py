@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import transformers
 
 import squeezevit as sv
 from squeezevit.core.trace import Trace
@@ -58,7 +59,37 @@ def test_agreement_is_with_what_the_training_free_reducer_keeps(monkeypatch):
     assert warm_heads_(net, [images]).agreement == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_heads_of_other_precisions_are_warmed_too(dtype):
+    net = model(sv.DTPS(keep=KEEP, at=AT)).to(dtype)
+    assert warm_heads_(net, (x.to(dtype) for x in batches(1))).loss
+
+
+def test_gradients_hooks_and_modes_are_left_as_they_were():
+    net, seen = model(sv.DTPS(keep=KEEP, at=AT)), []
+    heads = list(net.token_reducer.parameters())
+    heads[0].grad = torch.ones_like(heads[0])
+    net.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        warm_heads_(net, batches(1))
+    assert torch.equal(heads[0].grad, torch.ones_like(heads[0])) and all(p.grad is None for p in heads[1:]) and not seen
+
+
+def test_a_tower_inside_a_model_is_warmed_by_its_images():
+    part = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 64}
+    sizes = {"vision_config": {**part, "image_size": 64, "patch_size": 8}, "text_config": {**part, "vocab_size": 64}}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(**sizes, projection_dim=16))
+    assert warm_heads_(sv.reduce_(clip, sv.DTPS(keep=KEEP, at=AT)), batches(1)).loss
+
+
 def test_what_cannot_be_warmed_is_refused():
+    with pytest.raises(ConfigError, match="without their labels"):
+        warm_heads_(model(sv.DTPS(keep=KEEP, at=AT)), [(next(batches(1)), 0)])
+    frozen = model(sv.DTPS(keep=KEEP, at=AT)).requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"call requires_grad_\(True\) on model.token_reducer"):
+        warm_heads_(frozen, batches(1))
+    frozen.token_reducer.requires_grad_(True)
+    assert warm_heads_(frozen, batches(1)).loss  # what the message says
     with pytest.raises(ConfigError, match="has no score heads to warm"):
         warm_heads_(model(sv.ETPS(keep=KEEP)), batches(1))
     with pytest.raises(ConfigError, match="there is no batch"):

@@ -54,6 +54,11 @@ def calibrate(
     """
     if not isinstance(template, Staged):
         raise ConfigError(f"{template!r} has no stages to search; give a reducer with stages and ratios, as sv.ETPS()")
+    if template.class_token_only:
+        raise ConfigError(
+            f"{template} has a stage in the last block for a model that is read at its class token, which a search would move and "
+            "weigh as any other; calibrate at='quarters', as the method 'training-free' has it"
+        )
     with Meter(model, Setting(image_size=image_size)) as meter:
         search = _Search(meter, template, share, images)
         default = search.reducer(search.start)

@@ -11,9 +11,9 @@ from squeezevit.core.attach import reduce_, reduce_as_needed_, restore_, retune_
 from squeezevit.core.cut import description_of
 from squeezevit.core.macs import macs, token_counts
 from squeezevit.core.reducer import Reducer, is_index
-from squeezevit.core.running import PRECISIONS, evaluation_mode, forward, images, pooled, without_hooks
+from squeezevit.core.running import PRECISIONS
 from squeezevit.errors import ConfigError
-from squeezevit.reducers import Random, TopK
+from squeezevit.reducers import Random
 
 Size = int | tuple[int, int] | None  # in pixels; None: what the model is set up for
 
@@ -77,17 +77,6 @@ class Meter:
     def patches(self) -> int:
         """Patch tokens of the unreduced model. Raises ConfigError for a size that the model does not take."""
         return token_counts(self.hold(Random(keep=1.0)), self.setting.image_size)[0]
-
-    @cached_property
-    def reads_class_token(self) -> bool:
-        """Whether no patch token behind the last attention changes what the model puts out; tried on noise, by leaving one."""
-        if not self.about.class_token:
-            return False
-        x, left = images(self.model, 1, self.setting.image_size), TopK(keep=1e-6, at=(self.depth - 1,))
-        with evaluation_mode(self.model), without_hooks(self.model, whole=True):
-            whole = pooled(forward(self.release(), x, "fp32")())
-            other = pooled(forward(self.hold(left), x, "fp32")())
-        return whole.shape == other.shape and bool((whole - other).abs().max() <= 0.01 * whole.abs().max())
 
     def share(self, reducer: Reducer) -> float:
         """Multiply-adds with a reducer, of those of the unreduced model."""

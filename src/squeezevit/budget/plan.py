@@ -15,6 +15,7 @@ from squeezevit.budget.meter import Meter, Setting, Size
 from squeezevit.budget.solve import (
     BISECT_STEPS,
     CURVES,
+    LAST,
     SOLVE_STEPS,
     Cost,
     Make,
@@ -24,6 +25,7 @@ from squeezevit.budget.solve import (
     on_curve,
     solve,
 )  # fmt: skip
+from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import Reducer, Spread, Staged
 from squeezevit.core.running import Progress
 from squeezevit.errors import ConfigError
@@ -116,7 +118,8 @@ def make_plan(
     kind = _kind_of(reducer, at, curve)
     with Meter(model, Setting(batch_size, image_size, precision)) as meter:
         tries = kind.placed(at, meter.depth)
-        _require_readout(meter, tries[0])
+        if getattr(tries[0].template, "class_token_only", False):
+            meter.hold(tries[0].template)  # refuses a model that is read elsewhere, before anything is counted or timed
         if name == "macs":
             return _first(tries, partial(_for_macs, meter, value, progress))
         return _in_time(meter, tries, name, value, fresh, progress)
@@ -160,6 +163,9 @@ def like(
     """
     template = catalog.method(method).template()
     everywhere = at is None and getattr(template, "at", None) == "every"
+    if isinstance(template, Staged) and template.class_token_only and at is None and not isinstance(keep, Sequence):
+        apart = len(template.stages(len(description_of(model).blocks))) - 1
+        return replace(template, keep=(*[keep] * apart, min(keep, LAST)))
     if isinstance(template, Staged | Identity) and not everywhere:
         return catalog.staged(method, keep, at)
     with Meter(model, Setting(image_size=image_size)) as meter:
@@ -298,16 +304,6 @@ def _spaced(depth: int) -> list[tuple[int, ...]]:
     step = max(depth // 4, 1)
     latest = min(step, depth - 1)
     return [tuple(b for b in (first, first + step, first + 2 * step) if b < depth) for first in range(latest, -1, -1)]
-
-
-def _require_readout(meter: Meter, kind: _Kind) -> None:
-    """Raise ConfigError where a stage in the last block would change what the model puts out."""
-    if getattr(kind.template, "at", None) == "quarters+last" and not meter.reads_class_token:
-        raise ConfigError(
-            f"{kind.label} leaves few patch tokens behind the last attention, which is right where a model puts out its class "
-            f"token alone; what {type(meter.model).__name__} puts out is made of patch tokens, too. Take 'training-free', or "
-            "at='quarters'"
-        )
 
 
 def _first(tries: Sequence[_Kind], find: Callable[[_Kind], Plan]) -> Plan:

@@ -21,6 +21,7 @@ CURVES: dict[str, Callable[[float], float]] = {  # the share of tokens left, whe
 }
 
 
+MILD = 0.1  # strength at which the last block of such a model has come down to LAST
 LAST = 0.1  # of its tokens, the last block of a model that is read at the class token leaves for its MLP, whose output nobody reads
 
 
@@ -31,12 +32,13 @@ class OutOfReach(ConfigError):
 def on_curve(template: Staged, curve: str, strength: float, patches: int, stages: int) -> Staged:
     """The keep ratios of `stages` stages that follow a curve down, from level at strength 0 to falling at once at 1.
 
-    A stage that "quarters+last" puts into the last block is not on the curve: it leaves `LAST` of what comes, at strength 0 all.
+    A stage that "quarters+last" puts into the last block is not on the curve: it leaves `LAST` of what comes, and more only
+    for the mildest budgets, for which nothing else is to go.
     """
-    apart = 1 if template.at == "quarters+last" else 0
+    apart = 1 if template.class_token_only else 0
     steepness, on = strength / max(1 - strength, 1e-4), max(stages - apart, 1)
     left = [max(round(patches * CURVES[curve](steepness * i / on)), 1) for i in range(on + 1)]
-    left += [max(round(left[-1] * (LAST if strength else 1)), 1)] * (stages - on)
+    left += [max(round(left[-1] * max(1 - (1 - LAST) * strength / MILD, LAST)), 1)] * (stages - on)
     # never a little too high, as counts are rounded up
     return replace(template, keep=tuple(max(math.floor(1e6 * b / a) / 1e6, 1e-6) for a, b in pairwise(left)))
 

@@ -267,8 +267,7 @@ def pictures(
     transform = partial(_tensor, how) if how is not None else folder.eval_transform(ready.net, image_size)
     outputs = _classes_of(ready.net)
     found, labelled = _listed(data, transform, (card.classes if card is not None else None) or classes, upright, outputs)
-    count = min(most, len(found))
-    chosen = [i * len(found) // count for i in range(count)]
+    chosen = folder.evenly(len(found), most)
     kept, labels, unreadable = [], [], []
     for done, index in enumerate(chosen, start=1):
         sample = found[index]

@@ -16,9 +16,8 @@ from squeezevit.compare.ranks import ranks
 from squeezevit.core.attach import reduce_as_needed_, restore_
 from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import Reducer
-from squeezevit.core.running import Progress
+from squeezevit.core.running import Progress, answer
 from squeezevit.errors import ConfigError, UnsupportedError
-from squeezevit.export.graph import OUTPUTS
 from squeezevit.reducers import Identity
 from squeezevit.reducers.catalog import Method, label_of, method, methods
 
@@ -177,9 +176,7 @@ def _outputs(model: nn.Module, batches: Sequence[Tensor], what: str, progress: P
     about, found = description_of(model), list[np.ndarray]()
     runs: Any = about.tower or model
     for batch in batches:
-        out = runs(*about.given(batch), **about.named(batch))
-        named = [value for name in OUTPUTS if isinstance(value := getattr(out, name, None), Tensor)]
-        out = named[0] if named else out
+        out = answer(runs(*about.given(batch), **about.named(batch)))
         if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(batch):
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise UnsupportedError(

@@ -10,6 +10,7 @@ from squeezevit.report.findings import NONE, TIMES, plus_minus
 from squeezevit.report.html import document, scrolled, section, words
 from squeezevit.report.rows import current
 
+FEW = 30  # images that tell methods apart only where they differ much
 TITLE = "Methods of token reduction, compared"
 STYLE = """
 .sortable button { all: unset; cursor: pointer; }
@@ -99,7 +100,8 @@ def _table(results: Mapping[str, Any]) -> str:
             at = row["times"][str(size)]
             small = "" if dense else f"<small>best {at['speedup_best']:.2f}{TIMES}</small>"
             cells.append(f'<td data-value="{at["speedup"]}">{at["speedup"]:.2f}{TIMES}{small}</td>')
-        lines.append(f'<tr data-of="{share}">{"".join(cells)}</tr>')
+        of = "" if share in ("", "own") else f' data-of="{share}"'  # the others stand beside every share
+        lines.append(f"<tr{of}>{''.join(cells)}</tr>")
     boxes = "".join(
         f'<label><input type="checkbox" checked data-share="{share:g}"> {100 * share:.0f} %</label> ' for share in results["shares"]
     )
@@ -109,6 +111,8 @@ def _table(results: Mapping[str, Any]) -> str:
         "paired tests of all pairs, corrected for their number (Holm, 5 %). Speed-up: median of each round's ratio to the "
         "unreduced model in the same round; below it, best against best. A click on a heading sorts."
     )
+    if results["images"] < FEW:
+        fine += f" {results['images']} images are few: methods that differ may not be told apart."
     left = "".join(
         f"<li>{escape(one['label'])} at {100 * one['share']:.0f} %: {escape(one['reason'])}</li>" for one in results["left_out"]
     )

@@ -6,16 +6,27 @@ from itertools import combinations
 
 import numpy as np
 
+from squeezevit.errors import MissingExtraError
+
+try:
+    from scipy.special import stdtr
+except ModuleNotFoundError as error:
+    raise MissingExtraError(f'methods are told apart by SciPy: run `pip install "squeezevit[cli]"` ({error})') from error
+
 ALPHA = 0.05
 
 
 def p_value(difference: np.ndarray) -> float:
-    """Two-sided, that the mean of paired differences [n] is 0, by the normal approximation; 1 where all of them are 0."""
-    spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
-    mean = float(difference.mean())
-    if spread == 0:
-        return float(mean == 0)
-    return math.erfc(abs(mean) / (spread / math.sqrt(len(difference))) / math.sqrt(2))
+    """Two-sided, that the mean of paired differences [n] is 0, by Student's t; 1 where all of them are 0.
+
+    Never below 2 ** (1 - n), the least that a test by their signs could say: few images tell little, however alike they are.
+    """
+    n = len(difference)
+    if n < 2 or not difference.any():
+        return 1.0
+    error = float(difference.std(ddof=1)) / math.sqrt(n)
+    t = abs(float(difference.mean())) / error if error else math.inf
+    return max(2 * float(stdtr(n - 1, -t)), 2.0 ** (1 - n))
 
 
 def ranks(values: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -14,7 +14,8 @@ from squeezevit.core.block import ReducedBlock, Site, State, state_of
 from squeezevit.core.cut import Cut, Description, cut, description_of, load_families, require_model
 from squeezevit.core.evidence import Recording, forget_
 from squeezevit.core.proof import Proved, prove
-from squeezevit.core.reducer import Heads, Reducer
+from squeezevit.core.readout import reads_elsewhere
+from squeezevit.core.reducer import Heads, Reducer, Staged
 from squeezevit.errors import ConfigError, UnsupportedError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -202,11 +203,13 @@ def _refuse(model: nn.Module, about: Description, reducer: Reducer, stages: tupl
             f"{name} {about.needs_grid}; give grid=True, and every patch gets the token that it ended in: "
             f"sv.reduce_(model, {reducer}, grid=True)"
         )
-    if grid and getattr(reducer, "at", None) == "quarters+last":
-        raise ConfigError(
-            f"{reducer} leaves few patch tokens behind the last attention, but {name} is to put patch tokens out (grid=True); take "
-            "at='quarters', as the method 'training-free' has it"
-        )
+    if isinstance(reducer, Staged) and reducer.class_token_only:
+        why = "is to put patch tokens out (grid=True)" if grid else reads_elsewhere(model, about)
+        if why:
+            raise ConfigError(
+                f"{reducer} leaves few patch tokens behind the last attention, which is right where a model is read at its class "
+                f"token alone, but {name} {why}; take at='quarters', as the method 'training-free' has it"
+            )
     if grid and not about.grids:
         raise UnsupportedError(f"{name} puts no full grid out (grid=True); use sv.trace and its scatter_back")
 

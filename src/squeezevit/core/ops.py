@@ -196,8 +196,8 @@ def match(reserved: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
     with no_autocast(reserved):
         a, b = wide(pruned), wide(reserved)
         # a pruned token's own length does not change which product is the largest, and products are fewer than channels
-        along, hosts = best_match(a, b, _length(b))
-        return hosts, along / _length(a)
+        along, hosts = best_match(a, b, length(b))
+        return hosts, along / length(a)
 
 
 def best_match(a: Tensor, b: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -219,9 +219,13 @@ def _largest(products: Tensor, divisor: Tensor | None) -> tuple[Tensor, Tensor]:
     return along, index
 
 
-def _length(x: Tensor) -> Tensor:
-    """Euclidean norm of tokens, never 0: [B, N, C] -> [B, N]."""
-    return torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-12)
+def length(x: Tensor) -> Tensor:
+    """Euclidean norm of tokens in float32 or wider, never 0: [B, N, C] -> [B, N].
+
+    >>> length(torch.tensor([[[3.0, 4.0]]])).tolist()
+    [[5.0]]
+    """
+    return torch.linalg.vector_norm(wide(x), dim=-1).clamp(min=1e-12)
 
 
 def fuse(reserved: Tensor, pruned: Tensor, hosts: Tensor, own: Tensor, weights: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from squeezevit.errors import ConfigError
 Score = Literal["auto", "cls", "received", "shift"]
 Place = Literal["before", "between", "after"]  # of a stage: before the block, between its halves, or behind them
 Spread = Literal["quarters", "quarters+last", "every"]  # of stages over the depth
+_STRETCH = 4.0  # of fused tokens, at most: real ones need less than 2
 EPS = 1e-9  # 0.55 * 100 is 55.00000000000001 in binary: counts are rounded as the decimals the user wrote
 
 
@@ -183,13 +184,14 @@ class Stage:
         total: their masses [B, P + K], as `merge_by_mass` returns them beside the tokens.
 
         A mean of tokens that point different ways is shorter than they are, and what later blocks add then weighs too much beside
-        it. A token that hosts nobody is returned as it is, bit for bit.
+        it. Where they nearly cancel, what is left is rounding: it is stretched no more than fourfold. A token that hosts nobody is
+        returned as it is, bit for bit.
         """
-        length = torch.linalg.vector_norm(ops.wide(self.tokens), dim=-1)[..., None]  # (B, P + N, 1)
+        length = ops.length(self.tokens)[..., None]  # (B, P + N, 1)
         mass, rows, gone = self.masses(), self.rows(kept), pruned + self.prefix
         own, weights = mass.gather(1, rows), mass.gather(1, gone)
         mean = ops.fuse(ops.take(length, rows), ops.take(length, gone), hosts + self.prefix, own, weights)
-        whole = torch.linalg.vector_norm(ops.wide(merged), dim=-1, keepdim=True).clamp(min=1e-12)
+        whole = torch.maximum(ops.length(merged)[..., None], mean / _STRETCH)
         alone = (total == own)[..., None]
         return (ops.wide(merged) * torch.where(alone, torch.ones_like(whole), mean / whole)).to(merged.dtype)
 
@@ -350,6 +352,11 @@ class Staged(Reducer):
             )
         self._check_lengths(at)
         return at
+
+    @property
+    def class_token_only(self) -> bool:
+        """Whether what it leaves is right only for models that are read at their class token."""
+        return self.at == "quarters+last"
 
     def ratio(self, stage: int) -> float:
         return self.keep[stage] if isinstance(self.keep, tuple) else self.keep

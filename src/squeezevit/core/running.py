@@ -16,6 +16,7 @@ from squeezevit.core.evidence import Recorder
 from squeezevit.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps there are
+OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NEEDED = ("torch.nn.utils", "torch.distributed", "accelerate")  # whose hooks make weights, or bring them
 _COLLECTING = ("transformers.utils.output_capturing",)
@@ -84,14 +85,16 @@ def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] 
     return noise.to(like.device, like.dtype)
 
 
+def answer(out: Any) -> Any:
+    """What stands for the images among a model's output: of a Hugging Face output the best it has, any other as it is."""
+    named = (value for name in OUTPUTS if isinstance(value := getattr(out, name, None), Tensor))
+    return next(named, out)
+
+
 def pooled(out: Any) -> Tensor:
-    """Of a model's output, one vector an image: a tensor as it is, of a Hugging Face output what it pools."""
-    if isinstance(out, Tensor):
-        return out.flatten(1)
-    for name in ("image_embeds", "logits", "pooler_output"):
-        if getattr(out, name, None) is not None:
-            return getattr(out, name)
-    return out[0][:, 0]
+    """Of a model's output, one vector an image: what stands for it, or its first token."""
+    found = answer(out)
+    return found.flatten(1) if isinstance(found, Tensor) else found[0][:, 0]
 
 
 def forward(model: nn.Module, x: Tensor, precision: str, compiled: str | None = None) -> Callable[[], Any]:

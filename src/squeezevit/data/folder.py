@@ -475,6 +475,16 @@ def _reason(error: Exception, path: str | Path) -> str:
     return printable(str(error)) or type(error).__name__
 
 
+def evenly(n: int, most: int) -> list[int]:
+    """At most so many of n places in a line, as evenly apart as they can be.
+
+    >>> evenly(7, 4)
+    [0, 1, 3, 5]
+    """
+    count = min(most, n)
+    return [i * n // count for i in range(count)]
+
+
 def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor]) -> list[Tensor]:
     """At most so many images of a folder, spread evenly over its sorted files at any depth, unreadable ones left out.
 
@@ -482,9 +492,9 @@ def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor
     """
     unread: Counter[str] = Counter()
     files = list(images_in(Path(root), unread))
-    chosen = files[:: max(len(files) // most, 1)][:most]
     out = []
-    for path in chosen:
+    for index in evenly(len(files), most):
+        path = files[index]
         try:
             out.append(transform(read_image(path)))
         except DataError as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from squeezevit.bundle import ENGINES, Card, bundle_in, model_of, read_card
 from squeezevit.core.cut import description_of
+from squeezevit.core.running import OUTPUTS, answer
 from squeezevit.data.models import to_device
 from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.export.engines import identity, opened
-from squeezevit.export.graph import OUTPUTS
 from squeezevit.export.verified import padded
 
 Run = Callable[[np.ndarray], np.ndarray]  # [b, 3, H, W] -> [b, K or C]
@@ -152,11 +152,11 @@ def _without_classifier_(model: nn.Module, folder: Path) -> None:
 
 def _first(out: Any, folder: Path) -> Tensor:
     """What stands for a photograph among what a model puts out."""
-    named = [value for name in OUTPUTS if isinstance(value := getattr(out, name, None), Tensor)]
-    if named or isinstance(out, Tensor):
-        return cast(Tensor, named[0] if named else out)
-    if isinstance(out, tuple | list) and out and isinstance(out[0], Tensor):
-        return out[0]
+    found = answer(out)
+    if not isinstance(found, Tensor) and isinstance(out, tuple | list) and out:
+        found = out[0]
+    if isinstance(found, Tensor):
+        return found
     raise UnsupportedError(
         f"the model of {folder} puts out a {type(out).__name__} without {', '.join(OUTPUTS)}; save another class"
     )

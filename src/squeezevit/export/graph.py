@@ -15,11 +15,10 @@ from torch.export import Dim, ExportedProgram
 
 from squeezevit.core import ops
 from squeezevit.core.cut import description_of
-from squeezevit.core.running import images, share_weights, without_hooks
+from squeezevit.core.running import answer, images, share_weights, without_hooks
 from squeezevit.core.trace import Trace, trace
 from squeezevit.errors import UnsupportedError
 
-OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transformers, the best first
 _WORDLESS = ("aten._assert_", "aten.sym_constrain_range", "aten.alias.")
 _MASK = "create_bidirectional_mask"
 _LOUD = ("onnx_ir", "onnxscript", "torch.onnx", "torch.export", "nncf", "root")  # what they log is for their own developers
@@ -57,10 +56,7 @@ class Exportable(nn.Module):
 
     def _run(self, images: Tensor) -> Tensor:
         runs: Any = self.about.tower or self.model
-        out = runs(*self.about.given(images), **self.about.named(images))
-        for name in OUTPUTS:
-            if isinstance(value := getattr(out, name, None), Tensor):
-                return value
+        out = answer(runs(*self.about.given(images), **self.about.named(images)))
         return out if isinstance(out, Tensor) else out[0]
 
 

@@ -181,13 +181,14 @@ def label_of(reducer: Reducer) -> str:
     >>> label_of(ETPS(keep=0.5)), label_of(ETPS(mass=True)), label_of(Squeeze(score="random"))
     ('eTPS', 'eTPS + mass', 'Squeeze')
     """
-    best, most = type(reducer).__name__, -1
+    best, most = type(reducer).__name__, (-1, False)
     for row in methods().values():
         same = type(row.template()) is type(reducer) and all(
             getattr(reducer, name) == value for name, value in row.options.items() if name != "at"
         )
-        if same and len(row.options) > most:
-            best, most = row.label, len(row.options)
+        near = len(row.options), getattr(reducer, "at", None) == row.options.get("at")
+        if same and near > most:
+            best, most = row.label, near
     return best
 
 

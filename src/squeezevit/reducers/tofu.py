@@ -33,11 +33,10 @@ class ToFu(PerBlock):
 def _at_largest_norm(s: Stage, kept: Tensor, pruned: Tensor, hosts: Tensor) -> Tensor:
     """[B, P + K, C]; a token that hosts nobody is returned unchanged."""
     mean = s.merge(kept, pruned, hosts)
-    norms = torch.linalg.vector_norm(ops.wide(s.tokens), dim=-1)  # (B, P + N)
+    norms = ops.length(s.tokens)  # (B, P + N)
     rows = torch.arange(mean.shape[1], device=hosts.device)
     hot = rows[:, None] == hosts[:, None] + s.prefix  # (B, P + K, R)
     guests = torch.where(hot, norms.gather(1, pruned + s.prefix)[:, None], torch.zeros_like(norms[:, :1, None])).amax(dim=-1)
     largest = torch.maximum(norms.gather(1, s.rows(kept)), guests)
-    length = torch.linalg.vector_norm(ops.wide(mean), dim=-1).clamp(min=1e-12)
-    factor = torch.where(hot.any(dim=-1), largest / length, torch.ones_like(length))
+    factor = torch.where(hot.any(dim=-1), largest / ops.length(mean), torch.ones_like(largest))
     return (ops.wide(mean) * factor[..., None]).to(mean.dtype)
