@@ -134,12 +134,15 @@ def saved(tmp_path: Path) -> Path:
 SPOILT = {
     "a flipped bit": (lambda b: spoil(b / "model.safetensors"), "model.safetensors is not what was written"),
     "no weights": (lambda b: (b / "model.safetensors").unlink(), "does not hold what was written"),
-    "another file": (lambda b: (b / "more.txt").touch(), "does not hold what was written"),
     "other classes": (lambda b: (b / "classes.txt").write_text("b\na\n"), "classes.txt is not what was written"),
     "another card": (lambda b: card(b, grid=True), "squeezevit.json is not what was written"),
     "another version": (lambda b: card(b, format=99), r"is of format 99, this version reads 1"),
-    "an unknown engine": (lambda b: card(b, engine="warp"), "engine 'warp' is not known"),
-    "an unknown field": (lambda b: card(b, colour="red"), "describes no model of this version"),
+    "an unknown engine": (lambda b: rewritten(b, engine="warp"), "engine 'warp' is not known"),
+    "an unknown field": (lambda b: rewritten(b, colour="red"), "describes no model of this version"),
+    "a list of dtypes": (lambda b: rewritten(b, dtype=["float32"]), "describes no model of this version .*dtype is a list"),
+    "no host": (lambda b: rewritten(b, host=None), "describes no model of this version .*host is a NoneType"),
+    "a reducer in words": (lambda b: rewritten(b, reducer="ETPS"), "describes no model of this version .*reducer is a str"),
+    "an engine in a list": (lambda b: rewritten(b, engine=["torch"]), "describes no model of this version .*engine is a list"),
     "no card": (lambda b: (b / CARD).unlink(), "is no bundle: there is no squeezevit.json"),
     "no JSON": (lambda b: (b / CARD).write_text("{"), "cannot be read"),
     "a list": (lambda b: (b / CARD).write_text("[]"), "is of format None"),
@@ -157,12 +160,73 @@ def card(bundle: Path, **values) -> None:
     (bundle / CARD).write_text(json.dumps({**json.loads((bundle / CARD).read_text()), **values}))
 
 
+def rewritten(bundle: Path, **values) -> None:
+    """As one who makes the sums fit."""
+    card(bundle, **values)
+    sums_again(bundle)
+
+
 @pytest.mark.parametrize("case", SPOILT)
 def test_what_is_not_as_it_was_written_is_refused(case, tmp_path):
     bundle, (change, message) = saved(tmp_path), SPOILT[case]
     change(bundle)
     with pytest.raises(CheckpointError, match=message):
         sv.load(bundle)
+
+
+def test_what_others_leave_in_the_folder_is_in_nobody_s_way(tmp_path):
+    bundle = saved(tmp_path)
+    (bundle / ".DS_Store").touch()
+    (bundle / "predictions.csv").write_text("file,class\n")
+    assert isinstance(sv.load(bundle), torch.nn.Module)
+
+
+def test_the_same_weights_are_the_same_file(tmp_path):
+    """Its sum is the model's id, by which features are added to a table and runs go on."""
+    bundle = saved(tmp_path)
+    for i in range(6):
+        sv.save(sv.load(bundle), tmp_path / f"again{i}", options=SIZES)
+    assert len({(folder / "model.safetensors").read_bytes() for folder in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("abcde", "classes='abcde' is one text; give a list"),
+        (["a", "b", "c", "d", "a"], "classes names 'a' twice"),
+        (["a", "b", "c", "d", ""], "does not go into a line of a file"),
+        (["a", "b", "c", "d", "e\nf"], r"'e\\nf', which does not go into a line"),
+    ],
+)
+def test_names_that_are_none_are_refused(classes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        sv.save(timm_model(), tmp_path / "b", options=SIZES, classes=classes)
+
+
+def test_what_a_config_calls_its_classes_is_kept(tmp_path):
+    for names, kept in (({0: "cat", 1: "dog"}, ("cat", "dog")), ({0: "LABEL_0", 1: "LABEL_1"}, None)):
+        config = transformers.ViTConfig(**HUGGING, id2label=names)
+        sv.save(transformers.ViTForImageClassification(config).eval(), tmp_path / "b", preprocessing=HOW)
+        assert read_card(tmp_path / "b").classes == kept
+
+
+@pytest.mark.parametrize("kind", ["dynamic size", "no pooler"])
+def test_how_a_model_was_built_is_told_from_it(kind, tmp_path):
+    if kind == "dynamic size":
+        model, how = (
+            timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **SIZES).eval(),
+            {"options": SIZES, "image_size": 64},
+        )
+    else:
+        model, how = (
+            transformers.ViTModel(transformers.ViTConfig(**HUGGING), add_pooling_layer=False).eval(),
+            {"preprocessing": HOW},
+        )
+    sv.save(model, tmp_path / "b", **how)
+    x = zoo.images(1, size=64 if kind == "dynamic size" else 32)
+    with torch.no_grad():
+        told, again = (m(x) for m in (model, sv.load(tmp_path / "b")))
+    assert torch.equal(told if kind == "dynamic size" else told.last_hidden_state, again if kind == "dynamic size" else again[0])
 
 
 def test_an_unknown_reducer_is_refused(tmp_path):
@@ -319,7 +383,7 @@ CONTRADICTIONS = {
     "--keep": ("0.7", "leave --keep out"),
     "--at": ("1,2", "leave --at out"),
     "--macs": ("0.5", "leave --macs out"),
-    "--time": ("0.5", "leave --latency out"),
+    "--time": ("0.5", "leave --time out"),
     "--image-size": ("64", "is for 32 x 32 pixels; leave --image-size out"),
     "--classes": ("names.txt", "the bundle brings its classes; leave --classes out"),
 }

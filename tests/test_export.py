@@ -23,6 +23,7 @@ from squeezevit.core import ops
 from squeezevit.core.reducer import Reducer, Staged
 from squeezevit.data.folder import read_image
 from squeezevit.data.pixels import Preprocessing
+from squeezevit.embed.engines import open_engine
 from squeezevit.errors import ConfigError, MissingExtraError, UnsupportedError
 from squeezevit.export import engines, graph, quantised, verified
 from squeezevit.reducers.catalog import method, methods
@@ -135,13 +136,26 @@ def test_run_prepares_photographs_to_the_last_bit(resize, int8: Path, tmp_path: 
     script = runpy.run_path(str(int8 / "run.py"))
     how = Preprocessing(resize, (32, 32), "bilinear")
     script["HOW"].update(json.loads(json.dumps(how.to_dict())))
-    for name in ("a.png", "b.jpg"):
+    for name in ("a.png", "b.jpg", "c.tif"):  # Pillow turns the last by itself
         for turn in (None, *range(1, 9)):
             for size in ((70, 41), (41, 70)):
                 file = photograph(tmp_path / name, size, turn)
                 np.testing.assert_array_equal(script["pixels"](file), how(read_image(str(file))))
     Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(script["pixels"](tmp_path / "deep.png"), how(read_image(str(tmp_path / "deep.png"))))
+    for wide in (np.uint32, np.float32):
+        Image.fromarray(np.arange(4096, dtype=wide).reshape(64, 64)).save(tmp_path / "wide.tif")
+        for ask in (script["pixels"], read_image):
+            with pytest.raises(Exception, match="32-bit"):
+                ask(tmp_path / "wide.tif")
+
+
+def test_run_goes_on_after_a_file_that_it_cannot_read(int8: Path, tmp_path: Path):
+    good = photograph(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no image")
+    command = [sys.executable, "-I", "-c", RUNNING, str(int8 / "run.py"), str(tmp_path / "bad.png"), str(good), str(good)]
+    bad, *rest = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "bad.png  cannot be read" in bad and len(rest) == 2 and rest[0] == rest[1] and "good.png" in rest[0]
 
 
 def test_no_scatter_and_groups_at_any_batch_size(tmp_path: Path):
@@ -221,11 +235,15 @@ def test_a_package_of_a_static_batch(tmp_path: Path):
     assert card.measured["compared"]["error"] < 1e-5 and read_card(tmp_path / "b").engine == "aoti"
 
 
-def test_int8_of_onnxruntime_and_bf16_of_openvino(tmp_path: Path):
+def test_int8_of_onnxruntime_and_bf16_of_openvino(tmp_path: Path, monkeypatch):
     card = written(tiny(None), tmp_path / "int8", to="onnx", int8=list(photographs(8)), batch_size=2)
     assert card.measured["cosine"] > 0.9 and card.exported["precision"] == "int8"
+    monkeypatch.setattr(engines, "computes_bf16", lambda: True)  # on others OpenVINO computes in float32, and says nothing
     card = written(tiny(None), tmp_path / "bf16", precision="bf16", batch_size=2)
     assert card.measured["cosine"] > 0.98 and card.exported["precision"] == card.exported["hint"] == "bf16"
+    monkeypatch.setattr(engines, "computes_bf16", lambda: False)
+    with pytest.raises(ConfigError, match="this processor has no bfloat16"):
+        written(tiny(None), tmp_path / "none", precision="bf16", batch_size=2)
 
 
 def test_what_scores_matches_and_fuses_stays_in_float(tmp_path: Path):
@@ -303,6 +321,52 @@ def test_a_compiler_that_is_missing_is_named(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UnsupportedError, match="no compiler is found; install"):
         written(of("topk"), tmp_path / "out", to="aoti")
+
+
+def test_what_is_exported_is_what_the_card_says(tmp_path: Path, capsys):
+    """A bundle of an unreduced model stays one where nothing is said, and has its reducer in the card where one is named."""
+    model, plain = tiny(None), {"to": "onnx", "batch_size": 2}
+    sv.save(model, tmp_path / "dense", options={**OPTIONS, "depth": 1}, preprocessing={"resize": SIZE, "crop": (SIZE, SIZE)})
+    command(tmp_path / "as-it-is", source=tmp_path / "dense", **plain)
+    assert "unreduced, fp32" in capsys.readouterr().out and read_card(tmp_path / "as-it-is").reducer is None
+    command(tmp_path / "etps", source=tmp_path / "dense", method="etps", keep="0.5", at="0", with_groups=True, **plain)
+    assert "ETPS(keep=0.5" in capsys.readouterr().out and "ETPS" in str(read_card(tmp_path / "etps").reducer)
+    x = photographs(2)
+    with torch.no_grad():
+        for name, expected in (("as-it-is", model), ("etps", sv.reduce_(sv.load(tmp_path / "dense"), sv.ETPS(keep=0.5, at=(0,))))):
+            found = engines.opened("onnx", tmp_path / name)(x.numpy())[0]
+            torch.testing.assert_close(torch.from_numpy(found), expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_exported_and_classes_are_not_taken_for_them(tmp_path: Path):
+    """Five classes without names are no features, either; what the refusal says is done."""
+    model, x = of("topk"), photographs(2)
+    written(model, tmp_path / "classes", to="onnx", batch_size=2)
+    with pytest.raises(ConfigError, match="puts out classes, not features; export its model by `squeezevit export --features`"):
+        open_engine(tmp_path / "classes", features=True)
+    sv.save(
+        model,
+        tmp_path / "torch",
+        options={**OPTIONS, "depth": 1},
+        classes=[*"abcde"],
+        preprocessing={"resize": SIZE, "crop": (SIZE, SIZE)},
+    )
+    command(tmp_path / "features", source=tmp_path / "torch", to="onnx", batch_size=2, features=True)
+    found = open_engine(tmp_path / "features", features=True).run(x.numpy())
+    expected = open_engine(tmp_path / "torch", features=True).run(x.numpy())
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert found.shape == (2, 48) and read_card(tmp_path / "features").classes is None
+
+
+def test_classes_are_named_where_the_bundle_has_none(tmp_path: Path):
+    """How the model was built is the bundle's to say."""
+    sv.save(tiny(None), tmp_path / "torch", options={**OPTIONS, "depth": 1}, preprocessing={"resize": SIZE, "crop": (SIZE, SIZE)})
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\n")
+    command(tmp_path / "out", source=tmp_path / "torch", to="onnx", batch_size=2, classes=tmp_path / "names.txt")
+    assert read_card(tmp_path / "out").classes == tuple("abcde")
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    with pytest.raises(ConfigError, match="classes gives 2 names, and the model has 5 outputs"):
+        command(tmp_path / "out", source=tmp_path / "torch", to="onnx", batch_size=2, classes=tmp_path / "names.txt")
 
 
 def test_the_command_exports_a_bundle(tmp_path: Path, capsys):

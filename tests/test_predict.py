@@ -338,6 +338,7 @@ def test_another_run_in_its_place_is_refused_by_name(begun, engine, shelf):
         ("preprocessing", engine, Settings(2, draft=True), files),
         ("preprocessing", engine, Settings(2, upright=False), files),
         ("engine torch, and this one has compiled", replace(engine, name="compiled"), Settings(2), files),
+        ("card", replace(engine, card=replace(engine.card, classes=tuple("VWXYZ"))), Settings(2), files),
     ):
         with pytest.raises(ConfigError, match=told) as error:
             embed(names, runs, out, settings)
@@ -359,9 +360,15 @@ def test_a_file_changed_between_two_parts_is_noticed(begun, engine, tmp_path):
             Settings(2),
             progress=lambda what, done, total: None if done < 4 else (_ for _ in ()).throw(RuntimeError),
         )
-    copies[0].write_bytes(files[2].read_bytes() + b"0")
-    with pytest.raises(ConfigError, match="file 1 was"):
-        embed(copies, engine, again, Settings(2))
+    for other in (files[2].read_bytes() + b"0", files[0].read_bytes()[::-1]):  # of another size, and of the same
+        copies[0].write_bytes(other)
+        with pytest.raises(ConfigError, match="file 1 was"):
+            embed(copies, engine, again, Settings(2))
+
+
+def test_a_bundle_of_another_precision_runs(tmp_path):
+    sv.save(model().to(torch.bfloat16), tmp_path / "b", options=SIZES)
+    assert open_engine(tmp_path / "b").run(np.zeros((2, 3, 32, 32), np.float32)).dtype == np.float32
 
 
 @pytest.mark.parametrize("suffix", ["npy", "parquet"])
@@ -485,9 +492,10 @@ def test_what_cannot_be_meant_is_refused_before_any_work(engine, shelf, photogra
         (lambda: Settings(0), ConfigError, "batch_size=0"),
         (lambda: Settings(workers=-1), ConfigError, "workers=-1"),
         (lambda: open_engine(shelf / "torch", "onnx"), ConfigError, "leave --engine out"),
+        (lambda: open_engine(shelf / "torch", "onnxruntime"), ConfigError, "give a bundle exported to onnx"),
         (lambda: open_engine(shelf / "onnx", "compiled"), ConfigError, "leave --engine out"),
         (lambda: open_engine(shelf / "torch", "tensorrt"), ConfigError, "not known"),
-        (lambda: open_engine(shelf / "onnx", features=True), ConfigError, "without a classifier"),
+        (lambda: open_engine(shelf / "onnx", features=True), ConfigError, "squeezevit export --features"),
         (lambda: open_engine(tmp_path / "empty"), CheckpointError, "no bundle"),
     ):
         with pytest.raises(kind, match=told):
@@ -497,6 +505,7 @@ def test_what_cannot_be_meant_is_refused_before_any_work(engine, shelf, photogra
             patched.setitem(sys.modules, runtime, None)
             with pytest.raises(MissingExtraError, match=rf"squeezevit\[{extra}\]"):
                 open_engine(shelf / ("onnx" if extra == "export" else "openvino"))
+    assert not (tmp_path / "f.npy.parts").exists()  # of a run that could give no features nothing is left to go on with
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"squeezevit\[predict\]"):
         predict([photographs], engine, tmp_path / "p.parquet")

@@ -115,6 +115,19 @@ def save_checkpoint(model: nn.Module, path: str | PathLike[str], weights: Mappin
     metadata = {"format": "pt", "squeezevit.reducer": "" if state is None else repr(state.reducer)}
     weights = model.state_dict() if weights is None else weights
     save_file({k: v.detach().contiguous().clone() for k, v in weights.items()}, path, metadata)
+    _settle_header(Path(path))
+
+
+def _settle_header(file: Path) -> None:
+    """Put the metadata in order, which safetensors leaves to chance: the same weights are then the same bytes."""
+    with file.open("r+b") as content:
+        size = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # else it was written otherwise than here, and stays as it is
+            content.seek(8)
+            content.write(text.ljust(size))
 
 
 def _read(path: Path, checked: bool) -> Mapping[str, Any]:

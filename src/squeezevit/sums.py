@@ -25,15 +25,21 @@ def check(file: Path) -> None:
         )
 
 
-def check_folder(folder: Path) -> bool:
-    """`check` all files of a folder, none of them missing or new; False where it was written before sums were kept."""
+def check_folder(folder: Path, exact: bool = True) -> bool:
+    """`check` all files of a folder, none of them missing or, where `exact`, new; False where it was written without sums.
+
+    Files that others leave there, as a file manager does, are new; where they are in nobody's way, do not be exact.
+    """
     if not (folder / NAME).is_file():
         return False
     listed, found = {*_listed(folder)}, {file.name for file in folder.iterdir()} - {NAME}
-    if listed != found:
+    if missing := listed - found:
         raise CheckpointError(
-            f"{folder} does not hold what was written: {NAME} lists {', '.join(sorted(listed)) or 'nothing'}, there are "
-            f"{', '.join(sorted(found)) or 'none'}; {REMEDY}"
+            f"{folder} does not hold what was written: {', '.join(sorted(missing))} of {NAME} is not there; {REMEDY}"
+        )
+    if exact and (new := found - listed):
+        raise CheckpointError(
+            f"{folder} holds more than was written: {NAME} does not list {', '.join(sorted(new))}; take it out of the folder"
         )
     for name in sorted(listed):
         check(folder / name)

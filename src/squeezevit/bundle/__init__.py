@@ -22,6 +22,8 @@ from squeezevit.checkpoint import load_checkpoint_, read_checkpoint, save_checkp
 from squeezevit.core.attach import reduce_
 from squeezevit.core.cut import require_model
 from squeezevit.core.running import evaluation_mode, forward, images
+from squeezevit.data.classifier import class_names
+from squeezevit.data.folder import printable
 from squeezevit.data.pixels import Preprocessing
 from squeezevit.errors import CheckpointError, ConfigError, UnsupportedError
 from squeezevit.reducers import to_dict
@@ -30,6 +32,7 @@ from squeezevit.reducers.catalog import from_dict
 FORMAT = 1
 CARD, WEIGHTS = "squeezevit.json", "model.safetensors"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_KINDS = {"host": dict, "reducer": dict | None, "grid": bool, "dtype": str, "engine": str, "exported": dict, "measured": dict}
 ENGINES = {"torch": WEIGHTS, "onnx": "model.onnx", "openvino": "model.xml", "program": "model.pt2", "aoti": "model.aoti.pt2"}
 
 
@@ -123,17 +126,44 @@ def card_of(
 ) -> Card:
     """The card of a model, which is proved to build it; as `save`."""
     require_model(model)
-    state = vars(model).get("squeezevit_state")
     host = hosts.record(model, options)
-    reducer = None if state is None or not state.stages else to_dict(state.reducer)
     for_images = hosts.preprocessing(model, preprocessing, image_size)
     if (kind := str(next(model.parameters()).dtype).removeprefix("torch.")) not in _DTYPES:
         raise ConfigError(f"weights of {kind} are not saved as a bundle; save the model before it is quantised")
-    names = None if classes is None else tuple(map(str, classes))
-    grid = state is not None and state.grid
-    card = Card(host, reducer, grid, kind, for_images, names, versions=versions())
+    names = class_names(model) if classes is None else _checked(classes)
+    card = with_reducer_of(model, Card(host, None, False, kind, for_images, names, versions=versions()))
     _prove(model, card)
     return card
+
+
+def with_reducer_of(model: nn.Module, card: Card) -> Card:
+    """The card with the reducer that is in the model now."""
+    state = vars(model).get("squeezevit_state")
+    if state is None or not state.stages:
+        return replace(card, reducer=None, grid=False)
+    return replace(card, reducer=to_dict(state.reducer), grid=state.grid)
+
+
+def named(card: Card, classes: Sequence[str], outputs: int) -> Card:
+    """The card with names for the classes, of which there are `outputs`. Raises ConfigError for another number of names."""
+    names = _checked(classes)
+    if outputs and len(names) != outputs:
+        raise ConfigError(f"classes gives {len(names)} names, and the model has {outputs} outputs; give one for each")
+    return replace(card, classes=names)
+
+
+def _checked(classes: Sequence[str]) -> tuple[str, ...]:
+    """Names that can stand in a file, a line each. Raises ConfigError where one is none."""
+    if isinstance(classes, str):
+        raise ConfigError(f"classes={classes!r} is one text; give a list with a name for each output")
+    names = tuple(map(str, classes))
+    if not names or not all(name.strip() for name in names) or any(printable(name) != name for name in names):
+        wrong = next((name for name in names if not name.strip() or printable(name) != name), "")
+        raise ConfigError(f"classes names {wrong!r}, which does not go into a line of a file; give each class a name of one line")
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"classes names {twice!r} twice; give each class once, in the order of the model's outputs")
+    return names
 
 
 def rebuilt(card: Card) -> nn.Module:
@@ -182,23 +212,26 @@ def read_card(folder: str | PathLike[str]) -> Card:
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}); {sums.REMEDY}") from error
-    card = _card(values, file)
-    if not sums.check_folder(path):
+    version = values.get("format") if isinstance(values, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{file} is of format {version!r}, this version reads {FORMAT}; use the version that wrote it")
+    if not sums.check_folder(path, exact=False):
         raise CheckpointError(f"{path} lacks {sums.NAME}, so that nobody can say whether its files are whole; {sums.REMEDY}")
+    card = _card(values, file)
     if not (path / ENGINES[card.engine]).is_file():
         raise CheckpointError(f"{path} lacks {ENGINES[card.engine]}; {sums.REMEDY}")
     return card
 
 
-def _card(values: Any, file: Path) -> Card:
-    version = values.get("format") if isinstance(values, dict) else None
-    if version != FORMAT:
-        raise CheckpointError(f"{file} is of format {version!r}, this version reads {FORMAT}; use the version that wrote it")
+def _card(values: dict[str, Any], file: Path) -> Card:
     try:
         given = {**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])}
         given["classes"] = None if given["classes"] is None else tuple(given["classes"])
         card = Card(**given)
-    except (ConfigError, KeyError, TypeError) as error:
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(card, name), kinds):
+                raise TypeError(f"{name} is a {type(getattr(card, name)).__name__}")
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} describes no model of this version ({error}); use the version that wrote it") from error
     if card.dtype not in _DTYPES:
         raise CheckpointError(f"{file}: weights of {card.dtype!r} are not known to this version; use the version that wrote it")
@@ -229,7 +262,14 @@ def _both(model: nn.Module, card: Card, remedy: str) -> tuple[torch.Tensor, torc
         raise ConfigError(f"what is known of this {type(model).__name__} does not build it again ({error}); {remedy}") from error
     x = images(model, 1, card.preprocessing.crop)
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(again):
-        return _run(model, x), _run(again, x)
+        told = _run(model, x)
+        try:
+            return told, _run(again, x)
+        except Exception as error:  # whatever another model than this one stumbles over
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"what is known of this {type(model).__name__} builds a model that fails on its images ({reason}); {remedy}"
+            ) from error
 
 
 def _run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """How each library builds a model and prepares photographs for it, as plain values, and the model again from those."""
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -61,7 +62,10 @@ def _of_timm(model: Any, given: Values) -> Values:
             f"timm does not say how this {type(model).__name__} was built; give options={{'name': 'vit_base_patch16_224'}}"
         )
     told: Values = {"num_classes": model.num_classes, "global_pool": getattr(model, "global_pool", None)}
-    told["img_size"] = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    patches = getattr(model, "patch_embed", None)
+    told["img_size"] = getattr(patches, "img_size", None)
+    told["dynamic_img_size"] = getattr(model, "dynamic_img_size", None) or None
+    told["dynamic_img_pad"] = getattr(patches, "dynamic_img_pad", None) or None
     return {"name": name, "options": {**{k: v for k, v in told.items() if v is not None}, **given}}
 
 
@@ -72,15 +76,17 @@ def _timm(name: str, options: Values) -> nn.Module:
 def _of_transformers(model: Any, given: Values) -> Values:
     _no_options(given, "transformers")
     config = {k: v for k, v in json.loads(model.config.to_json_string(use_diff=False)).items() if k != "squeezevit"}
-    return {"name": type(model).__name__, "config": config, "attention": model.config._attn_implementation}
+    told = {"name": type(model).__name__, "config": config, "attention": model.config._attn_implementation}
+    without = "add_pooling_layer" in inspect.signature(type(model)).parameters and getattr(model, "pooler", model) is None
+    return {**told, "pooler": False} if without else told
 
 
-def _transformers(name: str, config: Values, attention: str | None) -> nn.Module:
+def _transformers(name: str, config: Values, attention: str | None, pooler: bool = True) -> nn.Module:
     import transformers
 
     made = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
     made._attn_implementation = attention
-    model: nn.Module = getattr(transformers, name)(made)
+    model: nn.Module = getattr(transformers, name)(made, **({} if pooler else {"add_pooling_layer": False}))
     return model
 
 

@@ -112,7 +112,7 @@ def demo(
 def evaluate(
     data: options.Data,
     source: options.Source = None,
-    model: options.NamedModel = None,
+    model: options.OneModel = None,
     pretrained: options.Pretrained = False,
     checkpoint: options.Checkpoint = None,
     method: options.OwnMethod = None,

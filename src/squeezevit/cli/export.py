@@ -1,5 +1,7 @@
 """`squeezevit export`: a model out of torch, verified, as a folder that runs by itself."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +27,9 @@ FixedBatch = Annotated[
 NoScatter = Annotated[bool, typer.Option("--no-scatter", help="No node that scatters, for runtimes that get those wrong.")]
 WithGroups = Annotated[bool, typer.Option("--with-groups", help="One more output a stage: the token each patch ended in.")]
 Floor = Annotated[float, typer.Option("--floor", help="Lowest mean cosine to torch that int8 and bf16 may have.", min=-1, max=1)]
+Features = Annotated[
+    bool, typer.Option("--features", help="Put out what goes into the classifier, for `squeezevit embed`, in place of classes.")
+]
 Exporter = Annotated[
     str,
     typer.Option("--exporter", metavar="dynamo|torchscript", help="torch's exporter to ONNX; the second is the older, and traces."),
@@ -35,7 +40,7 @@ Bits = Annotated[str, typer.Option("--precision", metavar="fp32|bf16", help="Wha
 def export(
     out: OutFolder,
     source: options.Source = None,
-    model: options.NamedModel = None,
+    model: options.OneModel = None,
     pretrained: options.Pretrained = False,
     checkpoint: options.Checkpoint = None,
     method: options.OwnMethod = None,
@@ -56,6 +61,7 @@ def export(
     floor: Floor = 0.9,
     precision: Bits = "fp32",
     exporter: Exporter = "dynamo",
+    features: Features = False,
     json_file: options.Json = None,
 ) -> None:
     """Write a model for another runtime, with a script that needs neither SqueezeViT nor torch; verified before it appears.
@@ -67,14 +73,14 @@ def export(
         raise ConfigError("nothing says which model: give --from BUNDLE, or --model NAME")
     _check_calibration(int8, calibrate)
     wanted = inputs.Wanted(source, model, pretrained, checkpoint, method, keep, at, macs, latency, num_classes, image_size)
-    ready = inputs.ready(wanted)
+    ready = inputs.ready(replace(wanted, as_it_is=True))
     if ready.reducer.learned and not ready.trained:
         screen.note(f"the score heads of {ready.method} are untrained (no weights brought any): they rank tokens at random")
     written = export_model(
         ready.net, out, card=ready.card, options=ready.options, preprocessing=ready.preprocessing, image_size=image_size,
         classes=classes, to=to, calibrate=calibrate, images=images,
         batch_size=batch_size or None, scatter=not no_scatter, groups=with_groups, floor=floor, precision=precision,
-        exporter=exporter,
+        exporter=exporter, features=features, names=ready.classes,
     )  # fmt: skip
     inputs.write_json(
         json_file, {"model": ready.name, "reducer": repr(ready.reducer), "exported": written.exported, **written.measured}
@@ -90,6 +96,7 @@ def export_model(
     preprocessing: Any = None,
     image_size: int | None = None,
     classes: Path | None = None,
+    names: Sequence[str] | None = None,
     calibrate: Path | None = None,
     images: int = 256,
     batch_size: int | None = 16,
@@ -97,10 +104,12 @@ def export_model(
 ) -> "Card":
     """Export a model that is ready, and say what came of it; returns the card that was written.
 
-    card: that of the bundle it comes from, None to ask the model; options and preprocessing: what the model cannot tell. calibrate:
-    the folder for int8, None for float. settings: as fields of `squeezevit.export.job.Wanted`.
+    card: that of the bundle it comes from, None to ask the model; options, preprocessing and names of the classes: what the model
+    cannot tell. classes: a file with names that somebody gave. calibrate: the folder for int8, None for float. settings: as fields
+    of `squeezevit.export.job.Wanted`.
     """
-    from squeezevit.bundle import card_of
+    from squeezevit.bundle import card_of, named
+    from squeezevit.data.classifier import classes_in
     from squeezevit.data.folder import given_classes
     from squeezevit.export import engines
     from squeezevit.export.job import Wanted, export_as
@@ -108,9 +117,11 @@ def export_model(
     engines.require(settings.get("to", "openvino"), calibrate is not None)
     if card is not None and classes is not None and card.classes is not None:
         raise ConfigError(f"--classes {classes}: the bundle brings its classes; leave --classes out")
-    names = None if classes is None else given_classes(classes)
-    if card is None or names is not None:
+    names = names if classes is None else given_classes(classes)
+    if card is None:
         card = card_of(net, options=options, image_size=image_size, classes=names, preprocessing=preprocessing)
+    elif classes is not None and names is not None:
+        card = named(card, names, classes_in(net))
     with screen.steps() as report:
         int8 = None if calibrate is None else _calibration(calibrate, images, card.preprocessing, report)
         written = export_as(net, out, card, Wanted(int8=int8, batch=batch_size, **settings), report)
@@ -135,10 +146,13 @@ def _calibration(folder: Path, most: int, how: Any, report: screen.Report) -> An
 
 
 def _tell(out: Path, card: "Card") -> None:
+    from squeezevit.reducers.catalog import from_dict
+
     measured, speed = card.measured, card.measured["speed"]
     rows = [(name, f"{1000 * s['min']:.1f}", f"{1000 * s['median']:.1f}") for name, s in speed["seconds"].items()]
     screen.table(rows, ("", "best ms", "median ms"), title=f"a batch of {speed['batch']}, {speed['threads']} threads")
-    lines = [f"largest difference from torch in float: {measured['compared']['error']:.1e} of the largest output"]
+    lines = [f"{'unreduced' if card.reducer is None else from_dict(card.reducer)}, {card.exported['precision']}"]
+    lines += [f"largest difference from torch in float: {measured['compared']['error']:.1e} of the largest output"]
     if "cosine" in measured:
         lines += [
             f"on {measured['images']} images: mean cosine {measured['cosine']:.4f}, lowest {measured['lowest_cosine']:.4f}, the "

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,7 @@ class Wanted:
     num_classes: int | None = None
     image_size: int | None = None
     usual: tuple[str, str] = ("etps", "0.7")  # method and keep ratio where nothing is said
+    as_it_is: bool = False  # a bundle of an unreduced model stays one where nothing is said
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class Ready:
     card: "Card | None" = None
     preprocessing: "Preprocessing | None" = None  # where the model cannot tell it
     options: dict[str, Any] | None = None  # what built it, where the model cannot tell that
+    classes: tuple[str, ...] | None = None  # what its library calls them, where the model cannot tell that
 
 
 def ready(wanted: Wanted) -> Ready:
@@ -173,19 +175,24 @@ def vision_language(wanted: Wanted) -> tuple[Any, Any]:
 
 
 def _from_bundle(wanted: Wanted, source: Path) -> Ready:
+    from squeezevit.bundle import with_reducer_of
     from squeezevit.core.attach import reduce_as_needed_
 
     net, card = opened(source, wanted)
     state = vars(net).get("squeezevit_state")
     own = None if state is None else state.reducer
-    chosen = [f"--{name}" for name in ("method", "keep", "at", "macs", "latency") if getattr(wanted, name) is not None]
+    names = {"method": "method", "keep": "keep", "at": "at", "macs": "macs", "latency": "time"}
+    chosen = [f"--{option}" for name, option in names.items() if getattr(wanted, name) is not None]
     if own is not None and chosen:
         raise ConfigError(
             f"--from {source} brings its reducer, {own}; leave {', '.join(chosen)} out, or give a bundle of the unreduced model"
         )
+    if own is None and not chosen and wanted.as_it_is:
+        wanted = replace(wanted, usual=("identity", "1"))
     reducer = own or _reducer(net, wanted, card.preprocessing.crop)
     if own is None:
         reduce_as_needed_(net, reducer)
+        card = with_reducer_of(net, card)
     method = type(reducer).__name__ if own is not None else wanted.method or wanted.usual[0]
     return Ready(net.eval(), reducer, str(source), method, reducer.learned and own is not None, card, card.preprocessing)
 
@@ -262,10 +269,11 @@ def pictures(
     import torch
 
     from squeezevit.data import folder
+    from squeezevit.data.classifier import classes_in
 
     card, how = ready.card, ready.preprocessing
     transform = partial(_tensor, how) if how is not None else folder.eval_transform(ready.net, image_size)
-    outputs = _classes_of(ready.net)
+    outputs = classes_in(ready.net)
     found, labelled = _listed(data, transform, (card.classes if card is not None else None) or classes, upright, outputs)
     chosen = folder.evenly(len(found), most)
     kept, labels, unreadable = [], [], []
@@ -280,14 +288,6 @@ def pictures(
     if len(kept) < 2:
         raise DataError(f"{data} holds {len(found)} images, {len(kept)} of them readable; give a folder of some tens")
     return Pictures(torch.stack(kept), np.array(labels) if labelled else None, bool(outputs), unreadable)
-
-
-def _classes_of(net: Any) -> int:
-    """Of a classifier's outputs; 0 of a model that puts out features."""
-    config = getattr(net, "config", None)
-    if config is not None and hasattr(net, "classifier"):
-        return int(getattr(config, "num_labels", 0))
-    return int(getattr(net, "num_classes", 0) or 0)
 
 
 def _listed(data: Path, transform: Any, classes: Any, upright: bool, outputs: int) -> tuple[Any, bool]:
@@ -321,13 +321,15 @@ def _from_names(wanted: Wanted) -> Ready:
     name, checkpoint = wanted.model, wanted.checkpoint
     if wanted.pretrained and checkpoint is not None:
         raise ConfigError(f"--pretrained and --checkpoint {checkpoint} both bring weights; give one of them")
-    if name in (None, DEMO) and (wanted.pretrained or checkpoint is not None):
+    if name == DEMO and (wanted.pretrained or checkpoint is not None):
+        raise ConfigError(f"--model {DEMO} brings its weights; leave --pretrained and --checkpoint out")
+    if name is None and (wanted.pretrained or checkpoint is not None):
         raise ConfigError("--pretrained and --checkpoint bring weights of a model; name it, by --model")
     options.one_or_each(wanted.keep or wanted.usual[1]), options.blocks(wanted.at)  # refused before anything is built
     if name not in (None, DEMO) and not wanted.pretrained and checkpoint is None:
         screen.note(f"neither --pretrained nor --checkpoint: the weights of {name} are random, and so will the answers be")
     weights = None if checkpoint is None else read_checkpoint(checkpoint)
-    net, preparing = found(name or DEMO, wanted.pretrained, wanted.num_classes, wanted.image_size)
+    net, preparing, classes = found(name or DEMO, wanted.pretrained, wanted.num_classes, wanted.image_size)
     how, built = None, None
     if (library := prefix_of(name or DEMO)) is not None:
         how = preprocessing(net, preparing, None)
@@ -336,7 +338,7 @@ def _from_names(wanted: Wanted) -> Ready:
     reduce_with_weights_(net, reducer, weights, str(checkpoint))
     method = wanted.method or wanted.usual[0]
     trained = weights is not None and has_heads(weights)
-    return Ready(net.eval(), reducer, name or DEMO, method, trained, preprocessing=how, options=built)
+    return Ready(net.eval(), reducer, name or DEMO, method, trained, preprocessing=how, options=built, classes=classes)
 
 
 def _reducer(net: Any, wanted: Wanted, image_size: Any) -> "Reducer":
@@ -400,10 +402,13 @@ def check_json(path: Path | None) -> None:
     """Raises ConfigError, before any work, where the result could not be written."""
     if path is None:
         return
+    there = path.exists()
     try:
         path.open("a").close()
     except OSError as error:
         raise ConfigError(f"--json {path} cannot be written ({error.strerror}); choose a file in a folder that exists") from error
+    if not there:
+        path.unlink()
 
 
 def write_json(path: Path | None, content: Any) -> None:

@@ -158,7 +158,7 @@ Method = Annotated[str, _of_field("method")]
 Source = Annotated[
     Path | None,
     typer.Option(
-        "--from", help="A bundle, which train, export or sv.save wrote: its model, size, classes and reducer.", show_default=False
+        "--from", help="A bundle, which train or sv.save wrote: its model, size, classes and reducer.", show_default=False
     ),
 ]
 OwnMethod = Annotated[str | None, _of_field("method", show_default="the bundle's, or etps")]
@@ -181,9 +181,11 @@ MacsList = Annotated[
 ]
 _LIBRARIES = "Model: a name of timm's, hf:NAME, torchvision:NAME, open_clip:NAME/WEIGHTS, or dinov2-demo, which needs no hub."
 NamedModel = Annotated[str | None, _of_field("model", "--model", help=_LIBRARIES, show_default="deit_small_patch16_224")]
+OneModel = Annotated[str | None, _of_field("model", "--model", help=_LIBRARIES, show_default=False)]
 OptionalModel = Annotated[str | None, _of_field("model", "--model", show_default="DINOv2 ViT-S/14 of the demo")]
 NumClasses = Annotated[
-    int | None, typer.Option(help="Outputs of the classifier.", min=1, max=1_000_000, show_default="the model's own")
+    int | None,
+    typer.Option(help="Outputs of the classifier; 0: none, features.", min=0, max=1_000_000, show_default="the model's own"),
 ]
 BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1, max=MOST_IMAGES)]
 Workers = Annotated[int | None, typer.Option(help="Reading processes.", min=0, max=512, show_default="half the cores, at most 8")]

@@ -40,7 +40,11 @@ Features = Annotated[
 ]
 EngineName = Annotated[
     str | None,
-    typer.Option("--engine", help="torch or compiled for a bundle of torch.", show_default="what the bundle was exported to"),
+    typer.Option(
+        "--engine",
+        help="torch or compiled for a bundle of torch; onnx, openvino, program or aoti as it was exported.",
+        show_default="what the bundle holds",
+    ),
 ]
 Size = Annotated[
     int | None,
@@ -189,7 +193,10 @@ def embed(
         opened = job.open_engine(bundle, engine, threads, features=True)
         done = job.embed(images, opened, out, settings, append, report)
     if not done.files:
-        screen.say(f"Nothing to add: {out} has all these files already.")
+        screen.say(
+            f"Nothing to add: {out} has all these files already, those among them that could not be read, too; to try those again, "
+            "embed everything anew, without --append."
+        )
         return
     screen.say(f"{done.read} features of {done.width} numbers, by {opened.name}, model {opened.id[:12]}")
     _tell(done)

@@ -9,10 +9,11 @@ from squeezevit.errors import ConfigError, MissingExtraError
 
 
 class Found(NamedTuple):
-    """A model, and what its library says of how photographs are made ready for it; None: the model tells."""
+    """A model, and what its library says of how photographs are made ready for it and of its classes; None: the model tells."""
 
     model: nn.Module
     preparing: Any
+    classes: tuple[str, ...] | None = None
 
 
 def prefix_of(name: str) -> str | None:
@@ -70,14 +71,16 @@ def _language(name: str, pretrained: bool) -> tuple[nn.Module, Any]:
 
 def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> Found:
     """With weights by the hub or from a folder; without, as its config says."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
     if options:
         raise ConfigError(f"--model hf:{name} takes its size and classes from its config; leave {_options(options)} out")
     processor = AutoImageProcessor.from_pretrained(name)
-    if pretrained:
-        return Found(AutoModelForImageClassification.from_pretrained(name), processor)
-    return Found(AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name)), processor)
+    config = AutoConfig.from_pretrained(name)
+    saved = config.architectures or ["ForImageClassification"]
+    # weights without a classifier get none: a fresh one would answer at random
+    kind = AutoModelForImageClassification if any("ForImageClassification" in one for one in saved) else AutoModel
+    return Found(kind.from_pretrained(name) if pretrained else kind.from_config(config), processor)
 
 
 def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> Found:
@@ -88,8 +91,9 @@ def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> Found:
     weights: Any = get_model_weights(name)["DEFAULT"]
     model = get_model(name, weights=weights if pretrained else None, **options)
     own = weights.transforms()
-    size = options.get("image_size")
-    return Found(model, own if size is None else {**_told(own), "resize": size, "crop": (size, size)})
+    size, names = options.get("image_size"), tuple(weights.meta["categories"])
+    named = names if len(names) == model.num_classes and len({*names}) == len(names) else None
+    return Found(model, own if size is None else {**_told(own), "resize": size, "crop": (size, size)}, named)
 
 
 def _told(transforms: Any) -> dict[str, Any]:

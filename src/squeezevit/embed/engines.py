@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from squeezevit.bundle import ENGINES, Card, bundle_in, model_of, read_card
 from squeezevit.core.cut import description_of
 from squeezevit.core.running import OUTPUTS, answer
+from squeezevit.data.classifier import without_classifier_
 from squeezevit.data.models import to_device
 from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.export.engines import identity, opened
 from squeezevit.export.verified import padded
 
 Run = Callable[[np.ndarray], np.ndarray]  # [b, 3, H, W] -> [b, K or C]
-_HEADS = ("head", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "heads")  # what the libraries call one
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def choose(
     path = bundle_in(folder)
     card = read_card(path)
     name = _chosen(path, card, engine)
-    if features and card.engine != "torch" and card.classes is not None:
+    if features and card.engine != "torch" and (card.classes is not None or card.exported.get("puts_out") == "classes"):
         raise ConfigError(
-            f"{path} was exported with its classifier, and puts out {len(card.classes)} classes, not features; export the model "
-            "without a classifier (num_classes=0), or use `squeezevit predict`"
+            f"{path} was exported with its classifier, and puts out classes, not features; export its model by "
+            "`squeezevit export --features`, or use `squeezevit predict`"
         )
     if device != "cpu" and card.engine != "torch":
         raise ConfigError(f"device={device}: {path} holds a model for {card.engine}, which runs on the CPU here; choose device=cpu")
@@ -111,6 +111,7 @@ def open_engine(
 
 def _chosen(folder: Path, card: Card, engine: str | None) -> str:
     held = ("torch", "compiled") if card.engine == "torch" else (card.engine,)
+    engine = {"onnxruntime": "onnx"}.get(engine or "", engine)
     known = (*dict.fromkeys(("torch", "compiled", *ENGINES)),)
     if engine is not None and engine not in known:
         raise ConfigError(f"--engine {engine!r} is not known; choose one of {', '.join(held)} for {folder}")
@@ -127,27 +128,18 @@ def _of_torch(folder: Path, card: Card, threads: int | None, features: bool, com
         torch.set_num_threads(threads)
     model = to_device(model_of(folder, card), device)
     if features:
-        _without_classifier_(model, folder)
-    about = description_of(model)
+        without_classifier_(model)
+    about, kind = description_of(model), next(model.parameters()).dtype
     runs: Any = about.tower or model
     if compiled:
         runs = torch.compile(runs, fullgraph=True)
 
     def run(images: np.ndarray) -> np.ndarray:
-        x = torch.tensor(images, device=device)  # a copy where torch wants it: the same numbers wherever the array lies
+        x = torch.tensor(images, device=device, dtype=kind)  # a copy where torch wants it: the same numbers wherever the array lies
         with torch.inference_mode():
             return _first(runs(*about.given(x), **about.named(x)), folder).float().cpu().numpy()
 
     return run
-
-
-def _without_classifier_(model: nn.Module, folder: Path) -> None:
-    """Put identities in place of the linear layers that make classes of features."""
-    found = [name for name in _HEADS if isinstance(getattr(model, name, None), nn.Linear | nn.Sequential)]
-    if not found and vars(model).get("num_classes") and hasattr(model, "get_classifier"):
-        raise ConfigError(f"the classifier of {folder} is none that can be left out; save the model without one (num_classes=0)")
-    for name in found:
-        setattr(model, name, nn.Identity())
 
 
 def _first(out: Any, folder: Path) -> Tensor:

@@ -1,10 +1,12 @@
 """Folders of photographs through a model: reading, decoding and resizing go on while the model computes."""
 
+import hashlib
+import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -99,7 +101,10 @@ def predict(
     """
     file, classes = Path(out), engine.card.classes
     if classes is None:
-        raise ConfigError(f"the model of {engine.folder} has no classes, so there is nothing to predict; use `squeezevit embed`")
+        raise ConfigError(
+            f"the bundle {engine.folder} names no classes, so there is nothing to predict; save or export it with them (classes=, "
+            "or --classes FILE), or use `squeezevit embed`"
+        )
     if top_k < 1:
         raise ConfigError(f"top_k={top_k}: it must be at least 1")
     tables.check_out(file, PREDICTIONS)
@@ -148,6 +153,7 @@ def embed(
         width = journal.width
         if width is None:
             first = next(journal.rows())
+            journal.forget()
             raise DataError(f"none of {len(names)} files gives features; {first['file']}: {first['reason']}")
         done = replace(_done(journal, tuple(tables.beside(file)), new, seconds), width=width)
         journal.finish(lambda to: tables.write_features(to, journal, run.told(), width))
@@ -191,7 +197,13 @@ class _Run:
 
     def about(self, command: str, more: Row) -> Row:
         """What must be the same for a run to go on."""
-        return {"command": command, **self.told(), "engine": self.engine.name, "batch size": self.batch_size, **more}
+        own = {"engine": self.engine.name, "batch size": self.batch_size, "card": self.card()}
+        return {"command": command, **self.told(), **own, **more}
+
+    def card(self) -> str:
+        """A sum of what the bundle says of the model, as its classes, beside what was measured of it and by which versions."""
+        values = {k: v for k, v in asdict(self.engine.card).items() if k not in ("measured", "versions")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def __call__(
         self, what: str, files: list[str], journal: Journal, turn: Callable[[np.ndarray], tuple[list[Row], np.ndarray | None]]
@@ -267,12 +279,13 @@ def _files(paths: Sequence[str | Path]) -> list[str]:
 
 
 def _sized(files: list[str]) -> list[str]:
-    """Names with bytes: a file that was changed between two parts of a run is noticed."""
-    return [f"{printable(name)} {_size(name)}" for name in files]
+    """Names with bytes and times: a file that was changed between two parts of a run is noticed."""
+    return [f"{printable(name)} {_stamp(name)}" for name in files]
 
 
-def _size(file: str) -> int | str:
+def _stamp(file: str) -> str:
     try:
-        return Path(file).stat().st_size
+        found = Path(file).stat()
     except OSError:
         return "gone"
+    return f"{found.st_size} {found.st_mtime_ns}"

@@ -73,7 +73,7 @@ class Journal:
             was, now = (names[i] if i < len(names) else "nothing" for names in (listed, files))
             raise ConfigError(
                 f"{self.folder} holds the beginning of a run over {len(listed)} files, and now there are {len(files)}; file "
-                f"{i + 1} was {was}, and is {now} (name and bytes); put the files back and {remedy}"
+                f"{i + 1} was {was}, and is {now} (name, bytes and time of writing); put the files back and {remedy}"
             )
 
     def _go_on(self) -> None:
@@ -130,6 +130,11 @@ class Journal:
         write(new / self.out.name)
         for file in sorted(new.iterdir()):
             file.replace(self.out.parent / file.name)
+        self.close()
+        shutil.rmtree(self.folder)
+
+    def forget(self) -> None:
+        """Take the journal away, where what is done is of no use."""
         self.close()
         shutil.rmtree(self.folder)
 

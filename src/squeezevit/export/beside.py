@@ -26,39 +26,42 @@ _OPEN = {  # how each runtime is opened and called, on x [B, 3, H, W]
 _RUN = '''"""python run.py photo.jpg ... says what is on photographs. Needs numpy, pillow and $package, and nothing else."""
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 import numpy as np
 import $package
-from PIL import Image
+from PIL import Image, ImageOps
 HERE = Path(__file__).resolve().parent
 CARD = json.loads((HERE / "squeezevit.json").read_text(encoding="utf-8"))
 HOW, BATCH, NAMES = CARD["preprocessing"], CARD["exported"]["batch"] or 1, CARD["classes"]
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()  # of EXIF, from 2
 $open
 
 def pixels(path):
     with Image.open(path) as image:
-        turn = dict(enumerate(TURNS, 2)).get(image.getexif().get(0x0112)) if HOW["upright"] else None
+        assert image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM")), "32-bit pixels have no fixed range"
+        image = ImageOps.exif_transpose(image) if HOW["upright"] else image
         if image.mode.startswith("I"):  # 16 bits: the upper eight
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
-    image, side, (height, width) = image.transpose(getattr(Image.Transpose, turn)) if turn else image, HOW["resize"], HOW["crop"]
-    w, h = image.size
+        image, side, (height, width), (w, h) = image.convert("RGB"), HOW["resize"], HOW["crop"], image.size
     size = (side[1], side[0]) if isinstance(side, list) else (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
     image = image.resize(size, getattr(Image.Resampling, HOW["interpolation"].upper()))
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     x = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).transpose(2, 0, 1)
     mean, std = (np.array(HOW[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
     return (x / np.float32(255) - mean) / std
-
-if __name__ == "__main__":
-    for i in range(1, len(sys.argv), BATCH):
-        x = np.stack([pixels(path) for path in sys.argv[i : i + BATCH]])
-        x = np.concatenate([x, np.repeat(x[-1:], BATCH - len(x), 0)])  # the model takes $batch at once
-        for path, row in zip(sys.argv[i : i + BATCH], $call):
-            p = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-            best = [f"{NAMES[k]} {p[k]:.4f}" for k in np.argsort(-row)[:5]] if NAMES else []
-            print(path, *(best or [f"norm {np.linalg.norm(row):.6g}", *(f"{v:.6g}" for v in row.flat[:5])]), sep="  ")
+def readable(paths):
+    for path in paths:
+        try:
+            yield path, pixels(path)
+        except Exception as error:  # a broken file does not end the run
+            print(path, f"cannot be read: {error}", sep="  ")
+photographs = readable(sys.argv[1:] if __name__ == "__main__" else ())
+while group := list(islice(photographs, BATCH)):
+    x = np.stack([x for _, x in group] + [group[-1][1]] * (BATCH - len(group)))  # the model takes $batch at once
+    for (path, _), row in zip(group, $call):
+        p = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        best = [f"{NAMES[k]} {p[k]:.4f}" for k in np.argsort(-row)[:5]] if NAMES else []
+        print(path, *(best or [f"norm {np.linalg.norm(row):.6g}", *(f"{v:.6g}" for v in row.flat[:5])]), sep="  ")
 '''
 _README = """# $host, exported by SqueezeViT
 

@@ -82,6 +82,13 @@ def opened(to: str, folder: Path, hint: str = "fp32", threads: int | None = None
         ) from error
 
 
+def computes_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this processor; it takes the wish either way."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def identity(to: str, folder: Path) -> str:
     """SHA-256 of the model's file, or of the sums of its files where its weights lie beside it.
 

@@ -17,6 +17,7 @@ from squeezevit.core import ops
 from squeezevit.core.cut import description_of
 from squeezevit.core.running import answer, images, share_weights, without_hooks
 from squeezevit.core.trace import Trace, trace
+from squeezevit.data.classifier import without_classifier_
 from squeezevit.errors import UnsupportedError
 
 _WORDLESS = ("aten._assert_", "aten.sym_constrain_range", "aten.alias.")
@@ -28,12 +29,15 @@ class Exportable(nn.Module):
     """A model, or the part of it that takes images, as images [B, 3, H, W] -> its output; its weights are the model's own.
 
     tokens: beside that, of a reduced model, the patch tokens that are left, after the final norm: [B, K, C]. groups: then, after
-    each stage, the token that each patch ended in, -1 where it was dropped: [B, N0] int64.
+    each stage, the token that each patch ended in, -1 where it was dropped: [B, N0] int64. features: what goes into the classifier,
+    in place of what comes from it.
     """
 
-    def __init__(self, model: nn.Module, groups: bool = False, tokens: bool = False) -> None:
+    def __init__(self, model: nn.Module, groups: bool = False, tokens: bool = False, features: bool = False) -> None:
         super().__init__()
         self.model = share_weights(model).eval()
+        if features:
+            without_classifier_(self.model)
         self.about, self.groups, self.tokens = description_of(self.model), groups, tokens
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from squeezevit.bench.machine import command, machine, now
-from squeezevit.bundle import ENGINES, Card, card_of
+from squeezevit.bundle import ENGINES, Card, card_of, with_reducer_of
 from squeezevit.bundle import write as write_bundle
 from squeezevit.core.block import state_of
 from squeezevit.core.running import Progress, images
+from squeezevit.data.classifier import classes_in
 from squeezevit.errors import ConfigError
 from squeezevit.export import engines, quantised, verified
 from squeezevit.export.beside import write_beside
@@ -38,6 +39,7 @@ class Wanted:
     groups: bool = False
     floor: float = FLOOR
     exporter: str = "dynamo"
+    features: bool = False
 
     def __post_init__(self) -> None:
         b = self.batch
@@ -76,6 +78,7 @@ def export(
     groups: bool = False,
     floor: float | None = None,
     exporter: str = "dynamo",
+    features: bool = False,
     options: Mapping[str, Any] | None = None,
     image_size: int | tuple[int, int] | None = None,
     classes: Sequence[str] | None = None,
@@ -90,8 +93,8 @@ def export(
     OpenVINO. precision: "bf16" for OpenVINO to compute in what is not int8. scatter=False: no node that scatters, for runtimes
     that get those wrong. groups: one more output a stage, "groups_1" ..., [B, N0] int64: the token each patch ended in, -1 for
     none. floor: the lowest mean cosine to torch that int8 and bf16 may have, 0.9 unless given. exporter: "torchscript" for ONNX
-    by torch's older exporter, which traces, where a runtime stumbles over what the newer one writes. options, image_size,
-    classes, preprocessing: as `squeezevit.bundle.save`.
+    by torch's older exporter, which traces, where a runtime stumbles over what the newer one writes. features: put out what goes
+    into the classifier, for `squeezevit embed`. options, image_size, classes, preprocessing: as `squeezevit.bundle.save`.
 
     The folder holds the model, its card, SHA256SUMS, README.md, run.py and, where there are classes, classes.txt. Float outputs
     must equal torch's to 1e-4 of the largest. Raises UnsupportedError where the model cannot be captured or written, or its
@@ -101,7 +104,7 @@ def export(
     >>> export(reduce_(model, ETPS(keep=0.5)), "my-vit-int8", int8=photographs)  # doctest: +SKIP
     """
     given = None if int8 is None else tuple(int8)
-    wanted = Wanted(to, given, batch_size, precision, scatter, groups, FLOOR if floor is None else floor, exporter)
+    wanted = Wanted(to, given, batch_size, precision, scatter, groups, FLOOR if floor is None else floor, exporter, features)
     engines.require(to, int8 is not None)
     card = card_of(model, options=options, image_size=image_size, classes=classes, preprocessing=preprocessing)
     return export_as(model, Path(folder), card, wanted, progress)
@@ -110,8 +113,9 @@ def export(
 def export_as(model: nn.Module, folder: Path, card: Card, wanted: Wanted, progress: Progress | None = None) -> Card:
     """`export` of a model whose card is known already; returns the card that was written."""
     engines.require(wanted.to, wanted.int8 is not None)
+    card = with_reducer_of(model, card)
     _require_fit(model, card, wanted)
-    new = replace(card, engine=wanted.to, exported={}, measured={})
+    new = replace(card, classes=None if wanted.features else card.classes, engine=wanted.to, exported={}, measured={})
     write_bundle(folder, new, partial(_fill, model, new, wanted, progress or _silent))
     return new
 
@@ -121,6 +125,11 @@ def _require_fit(model: nn.Module, card: Card, wanted: Wanted) -> None:
     like, size = next(model.parameters()), card.preprocessing.crop
     if like.device.type != "cpu" or like.dtype != torch.float32:
         raise ConfigError(f"the model is {like.dtype} on {like.device}; export it from float32 on the CPU: model.float().cpu()")
+    if wanted.precision == "bf16" and not engines.computes_bf16():
+        raise ConfigError(
+            "precision='bf16': this processor has no bfloat16, so OpenVINO would compute in float32 and nothing would be verified; "
+            "export on one that has, or leave precision out"
+        )
     if wanted.groups and not (card.reducer and state_of(model).stages):
         raise ConfigError("groups say which token each patch ended in, and this model is not reduced; leave groups out")
     for number, image in enumerate(wanted.int8 or ()):
@@ -134,7 +143,8 @@ def _require_fit(model: nn.Module, card: Card, wanted: Wanted) -> None:
 
 def _fill(model: nn.Module, card: Card, wanted: Wanted, progress: Progress, folder: Path) -> None:
     """Write all files but the card and the sums into the new folder, and the figures into the card."""
-    module, size, threads = Exportable(model, wanted.groups), card.preprocessing.crop, torch.get_num_threads()
+    module = Exportable(model, wanted.groups, features=wanted.features)
+    size, threads = card.preprocessing.crop, torch.get_num_threads()
     noise = images(module.model, max(verified.fillings(wanted.batch)), size)
     outputs = module.names(len(verified.expected(module, noise[:1])))
     if wanted.exporter == "dynamo":
@@ -160,9 +170,11 @@ def _fill(model: nn.Module, card: Card, wanted: Wanted, progress: Progress, fold
     card.measured["speed"] = verified.speed(module, run, verified.spread(x, wanted.batch or _TIMED), progress)
     card.measured.update(created=now(), command=command(), machine=machine())
     bits = None if wanted.int8 is None else quantised.weight_bits()
+    puts_out = "classes" if classes_in(model) and not wanted.features else "features"
     card.exported.update(
         batch=wanted.batch, precision="int8" if wanted.int8 is not None else wanted.precision, hint=wanted.precision,
-        scatter=wanted.scatter, weight_bits=bits, input="images", outputs=outputs, id=engines.identity(wanted.to, folder),
+        scatter=wanted.scatter, weight_bits=bits, input="images", outputs=outputs, puts_out=puts_out,
+        id=engines.identity(wanted.to, folder),
     )  # fmt: skip
     write_beside(folder, card)
 

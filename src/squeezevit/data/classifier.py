@@ -1,0 +1,43 @@
+"""What stands behind a model's features: how many classes it puts out, and the model without what makes them."""
+
+from typing import Any
+
+from torch import nn
+
+from squeezevit.errors import ConfigError
+
+_HEADS = ("head", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "heads")  # what the libraries call one
+
+
+def classes_in(model: Any) -> int:
+    """Of a classifier's outputs; 0 of a model that puts out features."""
+    config = getattr(model, "config", None)
+    if config is not None and (hasattr(model, "classifier") or "ImageClassification" in type(model).__name__):
+        return int(getattr(config, "num_labels", 0))
+    return int(getattr(model, "num_classes", 0) or 0)
+
+
+def without_classifier_(model: nn.Module) -> None:
+    """Put identities in place of the linear layers that make classes of features. Raises ConfigError where it has others."""
+    found = [name for name in _HEADS if isinstance(getattr(model, name, None), nn.Linear | nn.Sequential)]
+    if not found and vars(model).get("num_classes") and hasattr(model, "get_classifier"):
+        raise ConfigError(
+            f"the classifier of this {type(model).__name__} is none that can be left out; build the model without one "
+            "(num_classes=0)"
+        )
+    for name in found:
+        setattr(model, name, nn.Identity())
+
+
+def class_names(model: Any) -> tuple[str, ...] | None:
+    """What a config of transformers calls the classes; None where it calls them LABEL_0, LABEL_1, or says nothing.
+
+    >>> from transformers import ViTConfig, ViTForImageClassification
+    >>> class_names(ViTForImageClassification(ViTConfig(num_hidden_layers=1, id2label={0: "cat", 1: "dog"})))
+    ('cat', 'dog')
+    """
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names or len(names) != classes_in(model):
+        return None
+    told = tuple(str(names[number]) for number in sorted(names))
+    return None if told == tuple(f"LABEL_{i}" for i in range(len(told))) or len({*told}) < len(told) else told
