@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import squeezevit as sv
 from squeezevit.bench.machine import command, now, write_json
+from squeezevit.compare.ranks import ranks
 from squeezevit.core.reducer import Reducer
 from tasks import TASKS, Pictures, Task
 from training import Recipe
-from workshop import Sheet, p_value, standard_error
+from workshop import Sheet, p_value, say, standard_error
 
 RIVALS = ("evit", "topk", "tome", "random")
 
@@ -55,7 +56,7 @@ class Answers:
 
 
 def write_tables(folder: Path) -> None:
-    """Accuracy, AUROC and KL over all folds and seeds; p-values of paired t-tests over images."""
+    """Accuracy, AUROC and KL over all folds and seeds; ranks at each share, and p-values of single paired t-tests, over images."""
     out: dict[str, Any] = {"created": now(), "command": command(), "tasks": {}}
     for task in TASKS.values():
         files = sorted(folder.glob(f"finetune_{task.name}_*.json"))
@@ -72,15 +73,22 @@ def write_tables(folder: Path) -> None:
 
 def _table(files: list[Path], task: Task) -> dict[str, Any]:
     runs = [(json.loads(f.read_text()), dict(np.load(f.with_suffix(".npz")))) for f in files]
-    names = [n for n in runs[0][1] if n not in ("test", "labels") and all(n in arrays for _, arrays in runs)]
+    found = {n for _, arrays in runs for n in arrays} - {"test", "labels"}
+    names = [n for n in runs[0][1] if n in found and all(n in arrays for _, arrays in runs)]
+    if left := sorted(found - {*names}):
+        say(f"{task.name}: not of every fold and seed, and left out: {', '.join(left)}")
     image = np.concatenate([arrays["test"] for _, arrays in runs])
     # seeds of one image are no independent draws: its mean is one
     means = {n: _image_means(image, np.concatenate([_classes(a[n]) == a["labels"] for _, a in runs])) for n in names}
+    shares = {n: n.split()[-1] for n in names if n.split()[-1][0].isdigit()}
+    places = {}
+    for share in {*shares.values()}:
+        places |= ranks({n: means[n] for n in names if shares.get(n) == share})
     rows = []
     for n in names:
         own = [next(r for r in setting["rows"] if r["name"] == n) for setting, _ in runs]
         row = {"name": n, "macs_share": own[0]["macs_share"], "reducer": own[0]["reducer"], "accuracy": means[n].mean()}
-        row |= {"accuracy_se": standard_error(means[n])}
+        row |= {"accuracy_se": standard_error(means[n]), "rank": places.get(n, "")}
         row |= {key: float(np.mean([r[key] for r in own])) for key in ("kl_to_dense", "seconds_per_step")}
         row["auroc"] = float(np.mean([_auroc(a[n], a["labels"]) for _, a in runs])) if task.classes == 2 else ""
         for rival in RIVALS:

@@ -8,6 +8,7 @@ DINOv2 ViT-S/14. Every image is tested once a seed: 3 folds over emoji (both pic
 """
 
 import argparse
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,18 +59,18 @@ def run(args: argparse.Namespace) -> None:
         sv.load_checkpoint_(model, {k: v.cpu() for k, v in state.items()})
         torch.manual_seed(args.seed)
         sv.reduce_(model.to(args.device), reducer)
-        if ":warm" in name:
-            warm(model, pictures, this.rest, args)
-        how = train(model, reducer, pictures, this.rest, recipe, dense, args.seed)
+        before = warm(model, pictures, this.rest, args) if ":warm" in name else {}
+        how = before | train(model, reducer, pictures, this.rest, recipe, dense, args.seed)
         this.note(name, share, reducer, model, logits(model, pictures, this.test), how)
         this.save()
 
 
-def warm(model: nn.Module, pictures: Pictures, index: np.ndarray, args: argparse.Namespace) -> None:
-    """Let the score heads begin with a ranking, on batches of the training part."""
-    generator = torch.Generator().manual_seed(args.seed)
+def warm(model: nn.Module, pictures: Pictures, index: np.ndarray, args: argparse.Namespace) -> dict[str, object]:
+    """Let the score heads begin with a ranking, on batches of the training part; what it cost beside the training."""
+    began, generator = time.perf_counter(), torch.Generator().manual_seed(args.seed)
     chosen = (torch.from_numpy(index)[torch.randperm(len(index), generator=generator)[:64]] for _ in range(args.warm))
     say(f"heads warmed on {args.warm} batches: {warm_heads_(model, (pictures.batch(part, generator) for part in chosen))}")
+    return {"warm_batches": args.warm, "warm_seconds": time.perf_counter() - began}
 
 
 def main() -> None:
