@@ -14,12 +14,15 @@ import torch
 import torchvision
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import squeezevit as sv
 import zoo
 from squeezevit.bundle import CARD, Card, read_card
+from squeezevit.data.classifier import without_classifier_
 from squeezevit.data.folder import eval_transform
+from squeezevit.data.libraries import create
 from squeezevit.data.pixels import Preprocessing
 from squeezevit.embed import open_engine
 from squeezevit.errors import CheckpointError, ConfigError, SqueezeViTError, UnsupportedError
@@ -179,6 +182,9 @@ def test_what_others_leave_in_the_folder_is_in_nobody_s_way(tmp_path):
     (bundle / ".DS_Store").touch()
     (bundle / "predictions.csv").write_text("file,class\n")
     assert isinstance(sv.load(bundle), torch.nn.Module)
+    sv.save(sv.load(bundle), bundle, options=SIZES)  # takes the old one's place
+    assert (bundle / "predictions.csv").read_text() == "file,class\n" and not (bundle / "classes.txt").exists()
+    assert isinstance(sv.load(bundle), torch.nn.Module)
 
 
 def test_the_same_weights_are_the_same_file(tmp_path):
@@ -204,10 +210,64 @@ def test_names_that_are_none_are_refused(classes, message, tmp_path):
 
 
 def test_what_a_config_calls_its_classes_is_kept(tmp_path):
-    for names, kept in (({0: "cat", 1: "dog"}, ("cat", "dog")), ({0: "LABEL_0", 1: "LABEL_1"}, None)):
-        config = transformers.ViTConfig(**HUGGING, id2label=names)
-        sv.save(transformers.ViTForImageClassification(config).eval(), tmp_path / "b", preprocessing=HOW)
+    many = [f"class {i}" for i in range(12)]  # "10" stands before "2" in text
+    for names, kept in (
+        ({0: "cat", 1: "dog"}, ("cat", "dog")),
+        ({0: "LABEL_0", 1: "LABEL_1"}, None),
+        ({0: "two\nlines", 1: ""}, None),
+        ({str(i): name for i, name in enumerate(many)}, tuple(many)),
+    ):
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**HUGGING, num_labels=len(names))).eval()
+        model.config.id2label = names
+        sv.save(model, tmp_path / "b", preprocessing=HOW)
         assert read_card(tmp_path / "b").classes == kept
+
+
+def test_a_model_is_saved_as_transformers_reads_it_from_a_file(tmp_path):
+    """Its weights lie in memory as they lie in the file, which changes a last bit."""
+    hugging().save_pretrained(tmp_path / "hub")
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "hub").eval()
+    sv.save(sv.reduce_(model, sv.ETPS(keep=0.5)), tmp_path / "b", preprocessing=HOW)
+    x = zoo.images(1, size=32)
+    with torch.no_grad():
+        torch.testing.assert_close(sv.load(tmp_path / "b")(x).logits, model(x).logits)
+
+
+def test_weights_without_a_classifier_are_given_none_that_nobody_trained(tmp_path):
+    """Nor a pooler: features are the same whenever they are read."""
+    backbone = transformers.ViTModel(transformers.ViTConfig(**HUGGING), add_pooling_layer=False).eval()
+    backbone.save_pretrained(tmp_path / "hub")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "hub")
+    x = zoo.images(2, size=32)
+    with torch.no_grad():
+        first, again = (create(f"hf:{tmp_path / 'hub'}", True, {}).model(x).logits for _ in range(2))
+        torch.testing.assert_close(first, backbone(x).last_hidden_state[:, 0])
+    assert torch.equal(first, again)
+    hugging().save_pretrained(tmp_path / "hub")
+    weights = load_file(tmp_path / "hub/model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "classifier.weight"}, tmp_path / "hub/model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"its weights lack classifier\.weight, which would be random"):
+        create(f"hf:{tmp_path / 'hub'}", True, {})
+
+
+def test_sums_that_are_cut_vouch_for_nothing(tmp_path):
+    bundle = saved(tmp_path)
+    lines = (bundle / "SHA256SUMS").read_text().splitlines(True)
+    (bundle / "SHA256SUMS").write_text("".join(line for line in lines if "safetensors" not in line))
+    spoil(bundle / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS has no sum of model\.safetensors"):
+        sv.load(bundle)
+
+
+def test_features_are_what_goes_into_a_classifier_however_it_is_held():
+    sizes = {"architecture": "vit_tiny_patch16_224", "num_labels": 5, "model_args": {**SIZES, "img_size": 32}}
+    model = transformers.TimmWrapperForImageClassification(transformers.TimmWrapperConfig(**sizes)).eval()
+    without_classifier_(model)
+    assert model(zoo.images(2, size=32)).logits.shape == (2, 48)
+    odd = hugging()
+    odd.classifier = torch.nn.Conv1d(1, 1, 1)
+    with pytest.raises(ConfigError, match="is none that can be left out"):
+        without_classifier_(odd)
 
 
 @pytest.mark.parametrize("kind", ["dynamic size", "no pooler"])

@@ -24,6 +24,7 @@ from squeezevit.core.reducer import Reducer, Staged
 from squeezevit.data.folder import read_image
 from squeezevit.data.pixels import Preprocessing
 from squeezevit.embed.engines import open_engine
+from squeezevit.embed.job import predict
 from squeezevit.errors import ConfigError, MissingExtraError, UnsupportedError
 from squeezevit.export import engines, graph, quantised, verified
 from squeezevit.reducers.catalog import method, methods
@@ -356,6 +357,10 @@ def test_features_are_exported_and_classes_are_not_taken_for_them(tmp_path: Path
     expected = open_engine(tmp_path / "torch", features=True).run(x.numpy())
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert found.shape == (2, 48) and read_card(tmp_path / "features").classes is None
+    with pytest.raises(ConfigError, match="was exported with --features, and puts out no classes"):
+        predict([tmp_path], open_engine(tmp_path / "features"), tmp_path / "out.csv")
+    with pytest.raises(ConfigError, match="features=True puts out no classes"):
+        written(model, tmp_path / "none", features=True, classes=[*"abcde"])
 
 
 def test_classes_are_named_where_the_bundle_has_none(tmp_path: Path):

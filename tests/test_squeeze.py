@@ -258,6 +258,18 @@ def test_a_preset_for_class_tokens_is_refused_where_patches_are_read(kind):
         sv.reduce_(model, replace(elsewhere, at="quarters"))  # what the message says
 
 
+def test_where_a_model_is_read_is_tried_on_the_model_as_written():
+    """A compiled model that has run would run past the hook; one with NaN in it tells nothing."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4).eval()
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(zoo.images(1, 64))
+    sv.reduce_(model, sv.ETPS(keep=0.5, at="quarters+last"))
+    sv.restore_(model).head.bias.data[0] = float("nan")
+    with pytest.raises(ConfigError, match="puts out numbers that are not finite, so that nothing can be tried"):
+        sv.reduce_(model, sv.ETPS(keep=0.5, at="quarters+last"))
+
+
 def test_models_that_read_their_class_token_are_told_from_others():
     for model in (zoo.build("plain"), zoo.build("distilled"), zoo.build("registers"), zoo.build("hf-clip-tower"), clip()):
         sv.reduce_(model, sv.ETPS(keep=0.5, at="quarters+last"))

@@ -17,7 +17,7 @@ def write(folder: Path) -> None:
 
 def check(file: Path) -> None:
     """Raise CheckpointError where a file is not what the sums beside it say; one that they do not list passes."""
-    expected = _listed(file.parent).get(file.name)
+    expected = listed(file.parent).get(file.name)
     if expected is not None and expected != _digest(file):
         raise CheckpointError(
             f"{file} is not what was written: {NAME} beside it has another sum. A disk or a copy spoilt it, or it comes from "
@@ -32,26 +32,27 @@ def check_folder(folder: Path, exact: bool = True) -> bool:
     """
     if not (folder / NAME).is_file():
         return False
-    listed, found = {*_listed(folder)}, {file.name for file in folder.iterdir()} - {NAME}
-    if missing := listed - found:
+    names, found = {*listed(folder)}, {file.name for file in folder.iterdir()} - {NAME}
+    if missing := names - found:
         raise CheckpointError(
             f"{folder} does not hold what was written: {', '.join(sorted(missing))} of {NAME} is not there; {REMEDY}"
         )
-    if exact and (new := found - listed):
+    if exact and (new := found - names):
         raise CheckpointError(
             f"{folder} holds more than was written: {NAME} does not list {', '.join(sorted(new))}; take it out of the folder"
         )
-    for name in sorted(listed):
+    for name in sorted(names):
         check(folder / name)
     return True
 
 
 def of(file: Path) -> str:
     """The sum of a file: the one beside it, which `check` holds it to, or its own where none is listed."""
-    return _listed(file.parent).get(file.name) or _digest(file)
+    return listed(file.parent).get(file.name) or _digest(file)
 
 
-def _listed(folder: Path) -> dict[str, str]:
+def listed(folder: Path) -> dict[str, str]:
+    """The sum of each file by its name, as SHA256SUMS has them; empty where there is none."""
     try:
         text = (folder / NAME).read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):

@@ -4,7 +4,9 @@
 the model is built, its reducer, preprocessing, classes, versions and what was measured; `SHA256SUMS` a sum of each. No pickle.
 """
 
+import copy
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -22,8 +24,7 @@ from squeezevit.checkpoint import load_checkpoint_, read_checkpoint, save_checkp
 from squeezevit.core.attach import reduce_
 from squeezevit.core.cut import require_model
 from squeezevit.core.running import evaluation_mode, forward, images
-from squeezevit.data.classifier import class_names
-from squeezevit.data.folder import printable
+from squeezevit.data.classifier import class_names, is_name
 from squeezevit.data.pixels import Preprocessing
 from squeezevit.errors import CheckpointError, ConfigError, UnsupportedError
 from squeezevit.reducers import to_dict
@@ -157,9 +158,10 @@ def _checked(classes: Sequence[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         raise ConfigError(f"classes={classes!r} is one text; give a list with a name for each output")
     names = tuple(map(str, classes))
-    if not names or not all(name.strip() for name in names) or any(printable(name) != name for name in names):
-        wrong = next((name for name in names if not name.strip() or printable(name) != name), "")
-        raise ConfigError(f"classes names {wrong!r}, which does not go into a line of a file; give each class a name of one line")
+    if wrong := [name for name in names or ("",) if not is_name(name)]:
+        raise ConfigError(
+            f"classes names {wrong[0]!r}, which does not go into a line of a file; give each class a name of one line"
+        )
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"classes names {twice!r} twice; give each class once, in the order of the model's outputs")
@@ -182,8 +184,17 @@ def write(folder: Path, card: Card, fill: Callable[[Path], None]) -> None:
         fill(new)
         describe_(new, card)
         sums.write(new)
+        _carry_over(folder, new)
 
     write_whole(folder, fill_and_describe, CARD, "bundle")
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """What others left in an older bundle stays in the folder."""
+    listed = {sums.NAME, *sums.listed(old)}
+    for part in old.iterdir() if len(listed) > 1 else ():
+        if part.name not in listed and not (new / part.name).exists():
+            (shutil.copytree if part.is_dir() else shutil.copy2)(part, new / part.name)
 
 
 def describe_(folder: Path, card: Card) -> None:
@@ -218,9 +229,18 @@ def read_card(folder: str | PathLike[str]) -> Card:
     if not sums.check_folder(path, exact=False):
         raise CheckpointError(f"{path} lacks {sums.NAME}, so that nobody can say whether its files are whole; {sums.REMEDY}")
     card = _card(values, file)
-    if not (path / ENGINES[card.engine]).is_file():
+    model = path / ENGINES[card.engine]
+    if not model.is_file():
         raise CheckpointError(f"{path} lacks {ENGINES[card.engine]}; {sums.REMEDY}")
+    needed = [file, model, *(part for part in companions(model) if part.is_file())]
+    if loose := {part.name for part in needed} - {*sums.listed(path)}:
+        raise CheckpointError(f"{path / sums.NAME} has no sum of {', '.join(sorted(loose))}; {sums.REMEDY}")
     return card
+
+
+def companions(model: Path) -> tuple[Path, ...]:
+    """Where the weights of an exported model may lie beside it."""
+    return model.with_suffix(".bin"), model.with_name(f"{model.name}.data")
 
 
 def _card(values: dict[str, Any], file: Path) -> Card:
@@ -245,6 +265,10 @@ def _prove(model: nn.Module, card: Card) -> None:
     remedy = hosts.REMEDIES[card.host["library"]]
     with torch.random.fork_rng(devices=[]):  # nobody's later numbers depend on whether a model was saved
         told, found = _both(model, card, remedy)
+    if told.shape == found.shape and not torch.equal(told, found):
+        # weights that lie in memory as their file did are summed in another order: a copy lies as those that are loaded
+        with torch.random.fork_rng(devices=[]):
+            told = _both(copy.deepcopy(model), card, remedy)[0]
     if told.shape != found.shape or not torch.equal(told, found):
         raise ConfigError(f"what is known of this {type(model).__name__} builds another model, whose numbers differ; {remedy}")
     if card.classes is not None and len(card.classes) != told.shape[-1]:

@@ -27,6 +27,7 @@ FixedBatch = Annotated[
 NoScatter = Annotated[bool, typer.Option("--no-scatter", help="No node that scatters, for runtimes that get those wrong.")]
 WithGroups = Annotated[bool, typer.Option("--with-groups", help="One more output a stage: the token each patch ended in.")]
 Floor = Annotated[float, typer.Option("--floor", help="Lowest mean cosine to torch that int8 and bf16 may have.", min=-1, max=1)]
+ExportedMethod = Annotated[str | None, options.field_option("method", show_default="the bundle's, or none; for --model etps")]
 Features = Annotated[
     bool, typer.Option("--features", help="Put out what goes into the classifier, for `squeezevit embed`, in place of classes.")
 ]
@@ -43,7 +44,7 @@ def export(
     model: options.OneModel = None,
     pretrained: options.Pretrained = False,
     checkpoint: options.Checkpoint = None,
-    method: options.OwnMethod = None,
+    method: ExportedMethod = None,
     keep: options.Keep = None,
     macs: options.Macs = None,
     latency: options.Latency = None,
@@ -117,6 +118,8 @@ def export_model(
     engines.require(settings.get("to", "openvino"), calibrate is not None)
     if card is not None and classes is not None and card.classes is not None:
         raise ConfigError(f"--classes {classes}: the bundle brings its classes; leave --classes out")
+    if settings.get("features") and classes is not None:
+        raise ConfigError(f"--classes {classes}: with --features no classes are put out; leave one of them out")
     names = names if classes is None else given_classes(classes)
     if card is None:
         card = card_of(net, options=options, image_size=image_size, classes=names, preprocessing=preprocessing)

@@ -62,7 +62,7 @@ def _field(name: str) -> tuple[Field[Any], Any]:
     return found, section
 
 
-def _of_field(option: str, *names: str, **more: Any) -> Any:
+def field_option(option: str, *names: str, **more: Any) -> Any:
     """An option described as the field that it sets in train."""
     field, _ = _field(FIELDS[option])
     help_ = field.metadata["help"] + (f" One of {METHODS}." if option == "method" else "")
@@ -87,7 +87,7 @@ def _parameter(option: str) -> inspect.Parameter:
     field, hint = _field(FIELDS[option])
     kind, metavar = (bool, None) if hint is bool else (str, _metavar(hint))
     default = "" if field.default is None else str(field.default)
-    info = _of_field(
+    info = field_option(
         option, metavar=metavar, rich_help_panel="Fields of the configuration, without a recipe's values",
         show_default=field.metadata.get("unset", default) or False,
     )  # fmt: skip
@@ -151,21 +151,21 @@ def blocks(text: str | None) -> tuple[int, ...] | None:
         raise ConfigError(f"--at {text!r} is not a list of 0-based block indices, as 3,6,9") from error
 
 
-ModelName = Annotated[str, _of_field("model", "--model")]
-Pretrained = Annotated[bool, _of_field("pretrained", "--pretrained")]
-Checkpoint = Annotated[Path | None, _of_field("checkpoint")]
-Method = Annotated[str, _of_field("method")]
+ModelName = Annotated[str, field_option("model", "--model")]
+Pretrained = Annotated[bool, field_option("pretrained", "--pretrained")]
+Checkpoint = Annotated[Path | None, field_option("checkpoint")]
+Method = Annotated[str, field_option("method")]
 Source = Annotated[
     Path | None,
     typer.Option(
         "--from", help="A bundle, which train or sv.save wrote: its model, size, classes and reducer.", show_default=False
     ),
 ]
-OwnMethod = Annotated[str | None, _of_field("method", show_default="the bundle's, or etps")]
-Keep = Annotated[str | None, _of_field("keep", metavar="NUMBER,...", show_default="the bundle's, or of no budget the method's")]
-At = Annotated[str | None, _of_field("at", metavar="INTEGER,...")]
-ImageSize = Annotated[int | None, _of_field("image_size", min=1, max=8192)]
-Precision = Annotated[str, _of_field("precision", metavar="fp32|bf16|fp16")]
+OwnMethod = Annotated[str | None, field_option("method", show_default="the bundle's, or etps")]
+Keep = Annotated[str | None, field_option("keep", metavar="NUMBER,...", show_default="the bundle's, or of no budget the method's")]
+At = Annotated[str | None, field_option("at", metavar="INTEGER,...")]
+ImageSize = Annotated[int | None, field_option("image_size", min=1, max=8192)]
+Precision = Annotated[str, field_option("precision", metavar="fp32|bf16|fp16")]
 MethodList = Annotated[str, typer.Option(metavar="NAME,...", help=f"Methods, separated by commas. One or more of {METHODS}.")]
 KeepList = Annotated[
     str | None,
@@ -180,9 +180,9 @@ MacsList = Annotated[
     ),
 ]
 _LIBRARIES = "Model: a name of timm's, hf:NAME, torchvision:NAME, open_clip:NAME/WEIGHTS, or dinov2-demo, which needs no hub."
-NamedModel = Annotated[str | None, _of_field("model", "--model", help=_LIBRARIES, show_default="deit_small_patch16_224")]
-OneModel = Annotated[str | None, _of_field("model", "--model", help=_LIBRARIES, show_default=False)]
-OptionalModel = Annotated[str | None, _of_field("model", "--model", show_default="DINOv2 ViT-S/14 of the demo")]
+NamedModel = Annotated[str | None, field_option("model", "--model", help=_LIBRARIES, show_default="deit_small_patch16_224")]
+OneModel = Annotated[str | None, field_option("model", "--model", help=_LIBRARIES, show_default=False)]
+OptionalModel = Annotated[str | None, field_option("model", "--model", show_default="DINOv2 ViT-S/14 of the demo")]
 NumClasses = Annotated[
     int | None,
     typer.Option(help="Outputs of the classifier; 0: none, features.", min=0, max=1_000_000, show_default="the model's own"),

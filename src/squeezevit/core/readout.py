@@ -26,7 +26,14 @@ def reads_elsewhere(model: nn.Module, about: Description) -> str:
     if run is None:
         return f"reads its {type(about.tower).__name__} in a way that cannot be tried"
     x, prefix = images(model, 1), about.prefix
-    with torch.no_grad(), evaluation_mode(model), without_hooks(model, whole=True):
+    as_written = torch.compiler.set_stance("force_eager")  # a compiled model would run past the hook
+    with torch.no_grad(), evaluation_mode(model), without_hooks(model, whole=True), as_written:
+        try:
+            found = list(_tensors(answer(run(x))))
+        except Exception as error:  # whatever a library says of images that it would have given otherwise
+            return f"cannot be tried on noise ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        if not all(bool(tensor.isfinite().all()) for tensor in found):
+            return "puts out numbers that are not finite, so that nothing can be tried"
         if _spoiled(run, x, about.blocks[-1], slice(prefix, None)):
             return "puts out what is made of patch tokens, too"
         if not _spoiled(run, x, about.blocks[-1], slice(0, prefix)):
@@ -43,7 +50,7 @@ def _reader(model: nn.Module, about: Description) -> Callable[[Tensor], Any] | N
 
 
 def _spoiled(run: Callable[[Tensor], Any], x: Tensor, block: nn.Module, tokens: slice) -> bool:
-    """Whether NaN in these tokens of what the block puts out reaches the model's output; True where it cannot be run so."""
+    """Whether NaN in these tokens of what the block puts out reaches the model's output; True where it does not run with them."""
 
     def spoil(module: nn.Module, args: Any, out: Any) -> Any:
         first = (out if isinstance(out, Tensor) else out[0]).clone()
@@ -53,7 +60,7 @@ def _spoiled(run: Callable[[Tensor], Any], x: Tensor, block: nn.Module, tokens: 
     handle = block.register_forward_hook(spoil)
     try:
         found = list(_tensors(answer(run(x))))
-    except Exception:  # whatever a library says of images that it would have given otherwise
+    except Exception:  # a library that looks for NaN
         return True
     finally:
         handle.remove()

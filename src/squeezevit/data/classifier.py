@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from squeezevit.data.folder import printable
 from squeezevit.errors import ConfigError
 
 _HEADS = ("head", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "heads")  # what the libraries call one
@@ -17,10 +18,13 @@ def classes_in(model: Any) -> int:
     return int(getattr(model, "num_classes", 0) or 0)
 
 
-def without_classifier_(model: nn.Module) -> None:
+def without_classifier_(model: Any) -> None:
     """Put identities in place of the linear layers that make classes of features. Raises ConfigError where it has others."""
+    if hasattr(model, "timm_model"):  # as transformers holds timm's models
+        model.timm_model.reset_classifier(0)
+        return
     found = [name for name in _HEADS if isinstance(getattr(model, name, None), nn.Linear | nn.Sequential)]
-    if not found and vars(model).get("num_classes") and hasattr(model, "get_classifier"):
+    if not found and classes_in(model):
         raise ConfigError(
             f"the classifier of this {type(model).__name__} is none that can be left out; build the model without one "
             "(num_classes=0)"
@@ -29,8 +33,17 @@ def without_classifier_(model: nn.Module) -> None:
         setattr(model, name, nn.Identity())
 
 
+def is_name(text: str) -> bool:
+    """Whether a class can be called so in a file with a name a line.
+
+    >>> is_name("cat, big"), is_name(""), is_name("two\\nlines")
+    (True, False, False)
+    """
+    return bool(text.strip()) and printable(text) == text
+
+
 def class_names(model: Any) -> tuple[str, ...] | None:
-    """What a config of transformers calls the classes; None where it calls them LABEL_0, LABEL_1, or says nothing.
+    """What a config of transformers calls the classes; None where it calls them LABEL_0, LABEL_1, or says nothing of use.
 
     >>> from transformers import ViTConfig, ViTForImageClassification
     >>> class_names(ViTForImageClassification(ViTConfig(num_hidden_layers=1, id2label={0: "cat", 1: "dog"})))
@@ -39,5 +52,7 @@ def class_names(model: Any) -> tuple[str, ...] | None:
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not names or len(names) != classes_in(model):
         return None
-    told = tuple(str(names[number]) for number in sorted(names))
-    return None if told == tuple(f"LABEL_{i}" for i in range(len(told))) or len({*told}) < len(told) else told
+    by_number = {int(number): str(name) for number, name in names.items()}  # from a file numbers come as text
+    told = tuple(by_number.get(i, "") for i in range(len(names)))
+    plain = told == tuple(f"LABEL_{i}" for i in range(len(told)))
+    return None if plain or len({*told}) < len(told) or not all(map(is_name, told)) else told

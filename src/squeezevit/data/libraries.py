@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from squeezevit.data.classifier import without_classifier_
 from squeezevit.errors import ConfigError, MissingExtraError
 
 
@@ -71,16 +72,26 @@ def _language(name: str, pretrained: bool) -> tuple[nn.Module, Any]:
 
 def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> Found:
     """With weights by the hub or from a folder; without, as its config says."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers import AutoModelForImageClassification as Classifier
 
     if options:
         raise ConfigError(f"--model hf:{name} takes its size and classes from its config; leave {_options(options)} out")
     processor = AutoImageProcessor.from_pretrained(name)
     config = AutoConfig.from_pretrained(name)
-    saved = config.architectures or ["ForImageClassification"]
-    # weights without a classifier get none: a fresh one would answer at random
-    kind = AutoModelForImageClassification if any("ForImageClassification" in one for one in saved) else AutoModel
-    return Found(kind.from_pretrained(name) if pretrained else kind.from_config(config), processor)
+    classifies = any("ForImageClassification" in one for one in config.architectures or ["ForImageClassification"])
+    kind = Classifier if classifies else AutoModel
+    if not pretrained:
+        return Found(kind.from_config(config), processor)
+    model, told = kind.from_pretrained(name, output_loading_info=True)
+    if told["missing_keys"] and not classifies:  # a pooler that nobody trained: its library's classifier reads tokens without it
+        config.num_labels = 0
+        model, told = Classifier.from_pretrained(name, config=config, output_loading_info=True)
+    if missing := sorted(told["missing_keys"]):
+        raise ConfigError(
+            f"--model hf:{name}: its weights lack {', '.join(missing[:3])}, which would be random; save it with all of them"
+        )
+    return Found(model, processor)
 
 
 def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> Found:
@@ -89,10 +100,15 @@ def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> Found:
     if "img_size" in options:
         options["image_size"] = options.pop("img_size")
     weights: Any = get_model_weights(name)["DEFAULT"]
+    bare = options.get("num_classes") == 0
+    if bare:
+        del options["num_classes"]
     model = get_model(name, weights=weights if pretrained else None, **options)
+    if bare:
+        without_classifier_(model)
     own = weights.transforms()
     size, names = options.get("image_size"), tuple(weights.meta["categories"])
-    named = names if len(names) == model.num_classes and len({*names}) == len(names) else None
+    named = names if pretrained and not bare and len({*names}) == len(names) == model.num_classes else None
     return Found(model, own if size is None else {**_told(own), "resize": size, "crop": (size, size)}, named)
 
 

@@ -100,6 +100,8 @@ def predict(
     812
     """
     file, classes = Path(out), engine.card.classes
+    if engine.card.exported.get("puts_out") == "features":
+        raise ConfigError(f"{engine.folder} was exported with --features, and puts out no classes; export its model without it")
     if classes is None:
         raise ConfigError(
             f"the bundle {engine.folder} names no classes, so there is nothing to predict; save or export it with them (classes=, "

@@ -73,7 +73,8 @@ class Journal:
             was, now = (names[i] if i < len(names) else "nothing" for names in (listed, files))
             raise ConfigError(
                 f"{self.folder} holds the beginning of a run over {len(listed)} files, and now there are {len(files)}; file "
-                f"{i + 1} was {was}, and is {now} (name, bytes and time of writing); put the files back and {remedy}"
+                f"{i + 1} was {was}, and is {now} (name, bytes, time of writing); put the files back, with their times (cp -a, "
+                f"rsync -t), and {remedy}"
             )
 
     def _go_on(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.export import ExportedProgram
 
 from squeezevit import sums
-from squeezevit.bundle import ENGINES
+from squeezevit.bundle import ENGINES, companions
 from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError
 from squeezevit.export.graph import quietly, reason
 
@@ -95,8 +95,7 @@ def identity(to: str, folder: Path) -> str:
     A sum that is listed in the folder counts; `squeezevit.bundle.read_card` holds the files to it.
     """
     file = folder / ENGINES[to]
-    parts = (file, file.with_suffix(".bin"), file.with_name(f"{file.name}.data"))
-    found = [sums.of(part) for part in parts if part.is_file()]
+    found = [sums.of(part) for part in (file, *companions(file)) if part.is_file()]
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 

@@ -106,6 +106,8 @@ def export(
     given = None if int8 is None else tuple(int8)
     wanted = Wanted(to, given, batch_size, precision, scatter, groups, FLOOR if floor is None else floor, exporter, features)
     engines.require(to, int8 is not None)
+    if features and classes is not None:
+        raise ConfigError("features=True puts out no classes, and classes= names some; leave one of them out")
     card = card_of(model, options=options, image_size=image_size, classes=classes, preprocessing=preprocessing)
     return export_as(model, Path(folder), card, wanted, progress)
 
