@@ -444,3 +444,18 @@ def test_weights_of_half_precision_keep_the_models_dtype():
     target = sv.load_checkpoint_(other(), model.state_dict())
     assert target.head.weight.dtype == torch.float32
     assert torch.equal(target.head.weight, model.head.weight.float())
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_model_takes_its_own_weights(wrap):
+    """Whose keys begin with what the wrapper is called by."""
+    target, model = wrap(other()), wrap(zoo.build("plain"))
+    assert sv.load_checkpoint_(target, model.state_dict()) is target
+    assert_same_weights(target, model)
+
+
+def test_a_model_without_numbers_takes_none():
+    with torch.device("meta"):
+        model = nn.Linear(2, 1)
+    with pytest.raises(CheckpointError, match="is on the meta device"):
+        sv.load_checkpoint_(model, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})

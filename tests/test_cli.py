@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
 import squeezevit as sv
+import zoo
 from squeezevit.checkpoint import save_checkpoint
 from squeezevit.cli import app, main, options, screen
 from squeezevit.core import supported
@@ -718,3 +719,52 @@ def test_eval_takes_class_names_from_a_file(photos, tmp_path, capsys):
     assert run("eval", *options, "--classes", tmp_path / "classes.txt", "--as-stored") == 0
     (tmp_path / "classes.txt").write_text("bee\nwasp\n")
     assert "ant" in fails(capsys, "eval", *options, "--classes", tmp_path / "classes.txt")
+
+
+def test_a_time_is_planned_for_the_batch_that_is_evaluated(photos, monkeypatch, capsys):
+    from squeezevit.budget import latency
+
+    seen = []
+    monkeypatch.setattr(latency, "profile", lambda meter, *_, **__: seen.append(meter.setting) or 1 / 0)
+    options = [*TINY, "--data", photos, "--num-classes", 2, "--time", 0.7, "--batch-size", 3, "--precision", "bf16"]
+    assert run("eval", *options) != 0
+    assert (seen[0].batch_size, seen[0].precision) == (3, "bf16")
+
+
+def test_options_that_would_change_nothing_are_refused(photos, capsys):
+    for command, message in (
+        (["plan", *TINY, "--macs", 0.5, "--checkpoint", "gone.pth"], "change no count and no time; leave them out"),
+        (["plan", *TINY, "--macs", 0.5, "--calibrate", photos, "--fresh"], "leave --fresh and --precision out"),
+        (["eval", *TINY, "--data", photos, "--num-classes", 2, "--method", "tome", "--at", "2"], "tome reduces in every block"),
+        (["train", "--keep", 0.5, "--macs", 0.5, "--print-config"], "--keep and --macs both say how much is kept"),
+    ):
+        assert message in fails(capsys, *command)
+
+
+def test_blocks_are_for_the_methods_that_have_stages(capsys):
+    assert run("bench", *TINY, "--methods", "etps,tome", "--macs", 0.8, "--at", "1,2", "--rounds", 1, "--batch-size", 1) == 0
+
+
+def test_training_takes_a_budget(capsys):
+    """Whose ratios are found for the model that is trained."""
+    from squeezevit.train.build import make_reducer
+    from squeezevit.train.config import ReducerConfig
+
+    net = zoo.build("plain")
+    made = make_reducer(ReducerConfig(method="training-free", macs=0.7), net)
+    assert made == sv.preset("training-free", macs=0.7, model=net)
+    assert run("train", "--macs", 0.5, "--print-config") == 0 and "macs: 0.5" in capsys.readouterr().out
+
+
+def test_show_draws_by_the_heads_that_were_trained(photos, tmp_path, capsys):
+    """Twice the same picture, and a note where nobody trained them."""
+    net = sv.reduce_(timm.create_model("test_vit"), sv.DTPS(keep=0.5, at=(1, 3)))
+    save_checkpoint(net, tmp_path / "heads.safetensors")
+    photo, options = photos / "val/ant/0.png", ["--model", "test_vit", "--method", "dtps", "--keep", 0.5, "--at", "1,3"]
+    own = ["--checkpoint", tmp_path / "heads.safetensors"]
+    for folder in ("a", "b"):
+        assert run("show", photo, *options, *own, "--image-size", 64, "--out", tmp_path / folder) == 0
+        assert "untrained" not in capsys.readouterr().err
+    (a,), (b,) = ([*(tmp_path / folder).glob("*.png")] for folder in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+    assert run("show", photo, *options, "--image-size", 64, "--out", tmp_path / "c") == 0 and "untrained" in capsys.readouterr().err

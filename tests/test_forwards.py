@@ -407,3 +407,21 @@ def test_a_call_that_fails_leaves_no_flags():
     assert not run.averaging and not run.unmasked
     expected = zoo.run(zoo.reduce(zoo.build(name), zoo.REDUCERS["etps-mass"]).ijepa, x).last_hidden_state
     assert torch.equal(zoo.run(model.ijepa, x).last_hidden_state, expected)
+
+
+def test_heads_that_an_adapter_holds_are_kept_or_refused_by_name():
+    """Planning leaves the model as it was, and undoing leaves nothing behind."""
+    model = sv.reduce_(zoo.build("hf-vit"), sv.DTPS(keep=0.6))
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["token_reducer"]))
+    held = model.token_reducer
+    sv.reduce_(model, sv.DTPS(keep=0.5))
+    assert model.token_reducer is held and sv.plan(model, sv.DTPS, macs=0.8).learned and model.token_reducer is held
+    with pytest.raises(UnsupportedError, match=r"held by a ModulesToSaveWrapper, .* merge or unload the adapter first"):
+        sv.reduce_(model, sv.DTPS(keep=0.5, at=(0,)))
+    assert not [key for key in sv.restore_(model).state_dict() if "token_reducer" in key]
+
+
+def test_heads_made_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        model = sv.reduce_(zoo.build("plain"), sv.DTPS(keep=0.6))
+    assert not any(p.is_inference() for p in model.token_reducer.parameters())

@@ -473,3 +473,23 @@ def test_a_real_profile_is_measured_once_and_kept(kind, monkeypatch, tmp_path):
     assert seconds > 0 and share > 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not hasattr(model, "squeezevit_state") and not model.training
+
+
+def test_a_plan_keeps_how_diffrate_merges():
+    """Pure pruning stays so; the default merges by the searched rates."""
+    model = zoo.build("plain")
+    assert sv.plan(model, sv.DiffRate(merge=0.0), macs=0.6).merge == 0.0
+    assert isinstance(sv.plan(model, sv.DiffRate, macs=0.6).merge, tuple)
+
+
+def test_a_learned_reducer_is_not_searched_by_fresh_heads():
+    with pytest.raises(ConfigError, match="every candidate would have fresh ones; calibrate a reducer that learns nothing"):
+        calibrate(zoo.build("plain"), sv.DTPS(), 0.6, [zoo.images()])
+
+
+def test_learned_heads_are_there_while_a_meter_holds_the_model():
+    model = sv.reduce_(zoo.build("plain"), sv.DTPS(keep=0.5))
+    heads = model.token_reducer
+    with Meter(model) as meter:
+        assert meter.hold(sv.DTPS(keep=0.7)).token_reducer is heads
+    assert model.token_reducer is heads

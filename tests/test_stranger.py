@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import squeezevit as sv
 from squeezevit import cli
+from squeezevit.errors import ConfigError
+from squeezevit.reducers import catalog
 from squeezevit.report.demo import Settings, run_demo
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -18,8 +21,6 @@ TINY = ("--model", "vit_tiny_patch16_224", "--image-size", "32")
 @pytest.fixture(autouse=True)
 def _found(monkeypatch):
     """The example, imported anew and forgotten afterwards."""
-    from squeezevit.reducers import catalog
-
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(catalog, "_METHODS", dict(catalog._METHODS))
     sys.modules.pop("new_method", None)
@@ -88,3 +89,16 @@ def test_a_module_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["--import", "no_such_methods", "bench"])
     assert "--import no_such_methods" in capsys.readouterr().err
+
+
+def test_a_method_that_saved_models_could_not_name_is_refused(monkeypatch):
+    monkeypatch.setattr(catalog, "_METHODS", dict(catalog._METHODS))
+    twin = type("TopK", (sv.TopK,), {"__module__": __name__})
+    with pytest.raises(ConfigError, match="there already is a reducer class TopK"):
+        catalog.register(catalog.Method("twin", "twin", twin))
+
+    def needs(strength):
+        return sv.TopK(keep=strength)
+
+    with pytest.raises(ConfigError, match="cannot be made without options"):
+        catalog.register(catalog.Method("needs", "needs", needs))

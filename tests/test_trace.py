@@ -8,6 +8,7 @@ import squeezevit as sv
 import zoo
 from squeezevit.core.macs import fake_trace
 from squeezevit.errors import ConfigError
+from squeezevit.train.losses import keep_ratio_loss
 
 STAGED = [name for name, reducer in zoo.REDUCERS.items() if reducer.stages(zoo.DEPTH)]
 KEEPING_ALL = [name for name in STAGED if name not in ("topk", "dynamicvit", "random")]
@@ -203,6 +204,47 @@ def test_nested_traces_give_back_to_the_outer_one():
         zoo.run(reduced, zoo.images(3))
     assert len(outer.stages[0].kept) == 3
     assert len(inner.stages[0].kept) == 2
+
+
+def test_a_forward_that_fails_leaves_nothing_of_an_earlier_one():
+    """Stages of two forwards would make groups of neither."""
+    model, x = zoo.reduce(zoo.build("plain"), sv.ETPS(keep=0.5, at=(0, 2))), zoo.images()
+    with sv.trace(model) as t:
+        zoo.run(model, x)
+        handle = model.blocks[1].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            zoo.run(model, x)
+        handle.remove()
+    assert [s.block for s in t.stages] == [0] and t.tokens is None
+
+
+def test_pooling_by_a_trace_of_nothing_is_refused():
+    model = zoo.reduce(zoo.build("plain"), sv.ETPS(keep=0.5, at=(0,)))
+    t, tokens = sv.trace(model), model.forward_features(zoo.images())[:, 1:]
+    with pytest.raises(ConfigError, match=r"nothing was traced; run the model inside .* before pool"):
+        sv.pool(tokens, t)
+    sv.plan(model, sv.ETPS, macs=0.8)  # which reduces it anew
+    with t:
+        tokens = model.forward_features(zoo.images())[:, 1:]
+    assert sv.pool(tokens, t).shape == (len(tokens), zoo.DIM)
+
+
+def test_pooling_in_masked_training_is_refused():
+    model = zoo.reduce(zoo.build("plain"), sv.DTPS(keep=0.5, at=(0,))).train()
+    with sv.trace(model) as t:
+        tokens = model.forward_features(zoo.images())[:, 1:]
+    with pytest.raises(ConfigError, match="in masked training all tokens stay"):
+        sv.pool(tokens, t)
+
+
+def test_decisions_are_of_every_stage():
+    """Also where the first keeps all: targets are told apart by their place."""
+    reducer = sv.DTPS(keep=(1.0, 0.5, 0.5), at=(0, 1, 2))
+    model = zoo.reduce(zoo.build("plain"), reducer).train()
+    with sv.trace(model) as t:
+        model(zoo.images())
+    assert len(t.decisions) == 3 and bool((t.decisions[0] == 1).all())
+    assert keep_ratio_loss(t.decisions, reducer.targets(3)).isfinite()
 
 
 def test_an_error_inside_ends_the_trace():

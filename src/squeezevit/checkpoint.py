@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
     name = name if isinstance(source, Mapping) else fspath(source)
     entries = _named(source, name) if isinstance(source, Mapping) else read_checkpoint(source)
     load_families()
+    whole, model = model, cast(Model, _inside(model))
+    if any(p.is_meta for p in model.parameters()):
+        raise CheckpointError(
+            f"this {type(model).__name__} is on the meta device, which holds no numbers; build it on a device first"
+        )
     own = model.state_dict()
     entries = {key if key in own else _LAYER_SCALE.sub(r"\1.ls\2.gamma", key): value for key, value in entries.items()}
     try:
@@ -61,7 +66,17 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
         raise CheckpointError(f"{name}: {error}") from error
     _require_fit(model, entries, name)
     _load_whole(model, entries, name)
-    return model
+    return whole
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel, whose names are the checkpoint's."""
+    while True:
+        kind = type(model).__name__
+        name = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}.get(kind)
+        if name is None:
+            return model
+        model = cast(nn.Module, getattr(model, name))
 
 
 def _load_whole(model: nn.Module, entries: Mapping[str, Tensor], name: str) -> None:

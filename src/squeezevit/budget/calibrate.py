@@ -54,6 +54,11 @@ def calibrate(
     """
     if not isinstance(template, Staged):
         raise ConfigError(f"{template!r} has no stages to search; give a reducer with stages and ratios, as sv.ETPS()")
+    if template.learned:
+        raise ConfigError(
+            f"{template} ranks by heads that are learned for their places, and every candidate would have fresh ones; calibrate a "
+            "reducer that learns nothing, as sv.ETPS(), and give its stages and ratios to this one"
+        )
     if template.class_token_only:
         raise ConfigError(
             f"{template} has a stage in the last block for a model that is read at its class token, which a search would move and "

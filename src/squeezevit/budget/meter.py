@@ -94,6 +94,8 @@ class Meter:
         try:
             retune_(self.model, reducer)
         except ConfigError:
+            if self._heads is not None:
+                self.model.token_reducer = self._heads  # used where they fit
             reduce_as_needed_(self.model, reducer)
         return self.model
 

@@ -144,7 +144,7 @@ def evaluate(
     if model is None and source is None:
         raise ConfigError("nothing says which model: give --from BUNDLE, or --model NAME")
     wanted = inputs.Wanted(source, model, pretrained, checkpoint, method, keep, at, macs, latency, num_classes, image_size)
-    ready = inputs.ready(wanted)
+    ready = inputs.ready(replace(wanted, device=device, batch_size=batch_size, precision=precision))
     net, reducer = ready.net, ready.reducer
     batches = inputs.batches(ready, data, image_size, batch_size, workers, classes, upright)
     if reducer.learned and not ready.trained:
@@ -209,7 +209,8 @@ def bench(
             if budget == "keep" or row.name == "identity":
                 reducers.append(like(net, row.name, share, stages, image_size))
             else:
-                reducers.append(plan_for(net, row.name, macs=share, at=stages, image_size=image_size))
+                own_at = stages if inputs.takes_stages(row.name) else None
+                reducers.append(plan_for(net, row.name, macs=share, at=own_at, image_size=image_size))
         reducers += own
         speeds = measure(
             net, reducers, batch_size, image_size, rounds, precision, compiled=compiled, progress=partial(report, "rounds")
@@ -250,6 +251,8 @@ def train(
         from squeezevit.train.start import from_bundle
 
         values = {**from_bundle(bundle, values), **{name: value for name, value in values.items() if value is not None}}
+    if {"reducer.keep", "reducer.macs"} <= {*values} and values["reducer.keep"] is not None and bundle is None:
+        raise ConfigError("--keep and --macs both say how much is kept; give one of them")
     config = load_config(source, values, settings or ())
     if print_config:
         screen.verbatim(to_yaml(config))
@@ -309,6 +312,8 @@ def show(
     drawer: Callable[[Any], Any]
     if question is None:
         ready = inputs.ready(wanted)
+        if ready.reducer.learned and not ready.trained:
+            screen.note(f"the score heads of {ready.method} are untrained (no weights brought any): they rank tokens at random")
         reducer, suffix = str(ready.reducer), ready.method.replace("+", "-").lower()
         drawer = partial(draw, ready.net, ready.reducer, image_size=image_size, style=cast(Any, style))
     else:
@@ -369,6 +374,12 @@ def plan(
     if calibrate is not None:
         if macs is None or latency is not None or images_per_second is not None or curve is not None:
             raise ConfigError("--calibrate searches at one share of the multiply-adds: give --macs, no other budget and no --curve")
+        if fresh or precision != "fp32":
+            raise ConfigError("--calibrate compares features in float32 and measures no time; leave --fresh and --precision out")
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
         asked = inputs.Wanted(source, model or inputs.MEASURED, pretrained, checkpoint, "identity", image_size=image_size)
         make = partial(inputs.with_weights, asked if source is None else replace(asked, model=None, method=None), device)
         inputs.write_json(
@@ -376,6 +387,8 @@ def plan(
             _calibrated(make, name, options.blocks(at) if at != "auto" else None, macs, calibrate, images, image_size, batch_size),
         )
         return
+    if pretrained or checkpoint is not None:
+        raise ConfigError("--pretrained and --checkpoint change no count and no time; leave them out, or give --calibrate FOLDER")
     net, _ = inputs.to_measure(inputs.Wanted(source, model, image_size=image_size), device, threads, batch_size)
     with screen.steps() as report:
         made = make_plan(

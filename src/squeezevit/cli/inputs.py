@@ -120,6 +120,9 @@ class Wanted:
     num_classes: int | None = None
     image_size: int | None = None
     usual: tuple[str, str] = ("etps", "0.7")  # method and keep ratio where nothing is said
+    device: str = "cpu"  # where times are planned, for batches of this size
+    batch_size: int = 1
+    precision: str = "fp32"
     as_it_is: bool = False  # a bundle of an unreduced model stays one where nothing is said
 
 
@@ -344,16 +347,32 @@ def _from_names(wanted: Wanted) -> Ready:
 def _reducer(net: Any, wanted: Wanted, image_size: Any) -> "Reducer":
     """By keep ratio or by budget."""
     from squeezevit.budget.plan import like, plan, plan_macs
+    from squeezevit.data.models import to_device
 
     method, at = method_named(wanted.method or wanted.usual[0]).name, options.blocks(wanted.at)
     if wanted.macs is not None and wanted.latency is not None:
         raise ConfigError("--macs and --time are two budgets; give one of them")
+    if at is not None and not takes_stages(method):
+        raise ConfigError(f"--at {wanted.at}: {method} reduces in every block and has no stages to place; leave --at out")
     with screen.steps() as report:
         if wanted.macs is not None:
             return plan_macs(net, method, wanted.macs, at, image_size, report)
         if wanted.latency is not None:
-            return plan(net, method, latency=wanted.latency, at=at, image_size=image_size, progress=report)
+            to_device(net, wanted.device)
+            return plan(
+                net, method, latency=wanted.latency, at=at, image_size=image_size, batch_size=wanted.batch_size,
+                precision=wanted.precision, progress=report,
+            )  # fmt: skip
     return like(net, method, options.one_or_each(wanted.keep or wanted.usual[1]), at, image_size)
+
+
+def takes_stages(method: str) -> bool:
+    """Whether blocks can be named for a method; others reduce in every one."""
+    from squeezevit.core.reducer import Staged
+    from squeezevit.reducers.catalog import method as row_of
+
+    template = row_of(method).template()
+    return isinstance(template, Staged) and template.at != "every"
 
 
 def require_a_choice(config: Any, given: list[str]) -> None:

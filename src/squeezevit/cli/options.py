@@ -25,6 +25,7 @@ FIELDS = {  # options of train: the field of the configuration that each sets
     "checkpoint": "model.checkpoint",
     "method": "reducer.method",
     "keep": "reducer.keep",
+    "macs": "reducer.macs",
     "at": "reducer.at",
     "epochs": "epochs",
     "batch_size": "batch_size",

@@ -172,7 +172,7 @@ def restore_(model: Model) -> Model:
         for name in ("squeezevit_site", "squeezevit_state"):
             vars(module).pop(name, None)
         forget_(module)
-        if isinstance(module._modules.get("token_reducer"), Heads):
+        if _heads_in(module._modules.get("token_reducer")) is not None:
             del module.token_reducer
     return model
 
@@ -221,17 +221,28 @@ def _touched(reducer: Reducer, stages: tuple[int, ...], depth: int, positional: 
     return list(range(stages[0], depth)) if reducer.follows(training=True) or positional else list(stages)
 
 
-def _heads(model: nn.Module, about: Description, reducer: Reducer, stages: int) -> Heads | None:
+def _heads_in(module: nn.Module | None) -> Heads | None:
+    """Learned heads, also where an adapter library holds them."""
+    return None if module is None else next((part for part in module.modules() if isinstance(part, Heads)), None)
+
+
+def _heads(model: nn.Module, about: Description, reducer: Reducer, stages: int) -> nn.Module | None:
     """The model's learned heads, where they fit, or fresh ones like its parameters."""
     like = next(about.blocks[0].parameters())
-    with like.device:
+    with like.device, torch.inference_mode(False):
         fresh = reducer.heads(stages, about.dim)
     if fresh is None:
         return None
     old = model._modules.get("token_reducer")
-    if isinstance(old, Heads) and old.fits(fresh):
+    inner = _heads_in(old)
+    if inner is not None and inner.fits(fresh):
         return old
-    if hasattr(model, "token_reducer") and not isinstance(old, Heads):
+    if inner is not None and inner is not old:
+        raise UnsupportedError(
+            f"the score heads of {type(model).__name__} are held by a {type(old).__name__}, and {reducer} needs others; merge or "
+            "unload the adapter first, as by peft's merge_and_unload()"
+        )
+    if hasattr(model, "token_reducer") and inner is None:
         kind = type(model.token_reducer).__name__
         raise UnsupportedError(f"{type(model).__name__} already has a token_reducer of class {kind}; rename it first")
     return fresh.to(like.dtype if like.is_floating_point() else None).train(model.training)

@@ -22,6 +22,8 @@ class Trace(Protocol):
 
     tokens: Tensor | None
 
+    def begin(self) -> None: ...
+
     def record(self, stage: int, block: int, n: int, reduction: Reduction) -> None: ...
 
 
@@ -130,7 +132,7 @@ class Forwards:
                 "sv.restore_ it first; after replacing or removing blocks call sv.reduce_ again"
             )
         lost = recomputes and _address(x) not in (forward.inputs.get(block), forward.recomputed)
-        if lost and (carry.bias is not None or carry.positions is not None):
+        if lost and not (carry.bias is None and carry.positions is None and carry.mass is None):
             raise UnsupportedError(
                 f"block {block} is recomputed in backward after another forward of the same model replaced what its stages left; "
                 f"with {reducer} and activation checkpointing call backward after each forward, or switch it off"
@@ -170,6 +172,8 @@ class Forwards:
             raise UnsupportedError(_APART)
         if first:
             self.current().clear()  # of what a forward that failed has left
+            if self._own.traces:
+                self._own.traces[-1].begin()
 
     def exit(self, done: bool) -> None:
         """The model ends. Raises UnsupportedError where it is done, but another thread was in pieces compiled apart meanwhile."""

@@ -48,17 +48,24 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._state: State = state_of(model)
         self._records: dict[int, StageTrace] = {}
         self.prefix = self._state.prefix
         self.tokens: Tensor | None = None  # [B, N_last, C], patch tokens after the final norm
 
     def __enter__(self) -> "Trace":
+        self._state = state_of(self._model)  # it may have been reduced anew since
         self._state.forwards.open(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._state.forwards.close(self)
+
+    def begin(self) -> None:
+        """A forward begins: nothing of an earlier one stays, also where this one fails on the way."""
+        self._records.clear()
+        self.tokens = None
 
     def record(self, stage: int, block: int, n: int, r: Reduction) -> None:
         scores = None if r.scores is None else r.scores.detach()
@@ -82,6 +89,11 @@ class Trace:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([f"trace of {self._state.reducer}, {images} image{'' if images == 1 else 's'}", *table])
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether the model's reducer takes tokens anywhere."""
+        return bool(self._state.stages)
 
     @property
     def stages(self) -> list[StageTrace]:
@@ -110,9 +122,12 @@ class Trace:
     def decisions(self) -> list[Tensor]:
         """What learned heads decided in training: per stage [B, N0], 1 for the original patches kept so far, with gradient."""
         out: list[Tensor] = []
+        first = next((s.decision for s in self.stages if s.decision is not None), None)
         for j, s in enumerate(self.stages):
+            if first is None:
+                break
             if s.decision is None:  # a keep ratio of 1
-                out.extend(out[-1:])
+                out.append(out[-1] if out else first.new_ones(first.shape[0], self.stages[0].n))
             elif s.n == self.stages[0].n:
                 out.append(s.decision)
             else:  # of the tokens that are left, back at the places of their patches
@@ -207,8 +222,14 @@ def pool(tokens: Tensor, t: Trace) -> Tensor:
             f"pool takes tokens and the trace of the forward they come from, got a {type(tokens).__name__} and a "
             f"{type(t).__name__}; see help(sv.pool)"
         )
-    if not t.stages:
+    if not t.has_stages:
         return tokens.mean(dim=1)
+    if not t.stages:
+        raise ConfigError("nothing was traced; run the model inside `with sv.trace(model) as t:` before pool")
+    if any(s.decision is not None and s.n_out == s.n for s in t.stages):
+        raise ConfigError(
+            "in masked training all tokens stay, dropped ones among them; pool in evaluation mode, or by the model's own pooling"
+        )
     sizes = t.sizes
     if tokens.dim() != 3 or tokens.shape[:2] != sizes.shape:
         raise ConfigError(

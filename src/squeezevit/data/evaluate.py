@@ -20,7 +20,7 @@ class EvalResult:
     `top1` and `top5` are fractions of the readable images, the `_error`s their standard errors sqrt(p (1 - p) / n).
     With fewer than 5 classes `top5` counts the best `k`. `nonfinite` images had a NaN or infinite logit and count as
     wrong. `images_per_second` is end to end, reading included. `compute_images_per_second` is the model alone, images
-    already on the device; where there are several batches the first is left out of it, being the warm-up. `unread`
+    already on the device; the first batch runs once before, untimed. `unread`
     counts by suffix the files that were not even tried, as .heic without pillow-heif.
     """
 
@@ -78,12 +78,14 @@ def evaluate(
     autocast("cpu", precision)  # an unknown precision is an error now, not after the first batch is read
     batches.dataset.check_classes(model)
     device = _place(model, device)
-    total, done, tally, timings = len(batches.dataset), 0, _Tally(), []
+    total, done, tally, timings = len(batches.dataset), 0, _Tally(), list[tuple[int, float]]()
     k = min(5, len(batches.dataset.classes))
     start = time.perf_counter()
     died = reading(batches.dataset.folder, WORKERS_REMEDY)  # may be told while the model computes
     with died, torch.inference_mode(), evaluation_mode(model):
         for batch in batches:
+            if not timings and len(batch.labels):
+                _timed_forward(model, batch.images.to(device), precision)  # what runs first is slow, and counts for no model
             logits, seconds = _timed_forward(model, batch.images.to(device), precision)
             batches.dataset.check_outputs(_outputs(logits))
             tally.add(logits.cpu(), batch.labels, k)
@@ -97,7 +99,6 @@ def evaluate(
         raise DataError(f"none of the {total} images of {batches.dataset.folder} is readable; {first.path}: {first.reason}")
     if progress and done < total:
         progress(total, total)  # the last batch had nothing readable in it
-    warm = timings[1:] or timings
     return EvalResult(
         images=tally.images,
         classes=len(batches.dataset.classes),
@@ -110,7 +111,7 @@ def evaluate(
         unreadable=tuple(batches.unreadable),
         seconds=elapsed,
         images_per_second=tally.images / elapsed,
-        compute_images_per_second=sum(n for n, _ in warm) / sum(seconds for _, seconds in warm),
+        compute_images_per_second=sum(n for n, _ in timings) / sum(seconds for _, seconds in timings),
         device=str(device),
         precision=precision,
         unread=dict(batches.dataset.unread),

@@ -108,13 +108,26 @@ _ALIASES = {"preset": "training-free"}
 def register(row: Method) -> Method:
     """Add a method, or the same one again as where a notebook's cell is run twice.
 
-    Raises ConfigError where another one has its name, or the name is not lower case.
+    Raises ConfigError where another one has its name, its reducer needs options that the row does not give, another class of
+    reducer has the same name, by which saved models know it, or the name is not lower case.
     """
     if row.name != row.name.lower() or not row.name.strip():
         raise ConfigError(f"a method's name is lower case, as 'mine'; got {row.name!r}")
     old = _METHODS.get(row.name)
     if old is not None and _class_name(old) != _class_name(row):
         raise ConfigError(f"there already is a method {row.name!r} ({old.make}); choose another name")
+    try:
+        kind = type(row.template())
+    except TypeError as error:
+        raise ConfigError(
+            f"method {row.name!r} cannot be made without options ({error}); give them in the row, or defaults"
+        ) from error
+    for other in _METHODS.values():
+        known = type(other.template())
+        if known.__name__ == kind.__name__ and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise ConfigError(
+                f"there already is a reducer class {kind.__name__} ({known.__module__}), and saved models name theirs; rename yours"
+            )
     _METHODS[row.name] = row
     return row
 

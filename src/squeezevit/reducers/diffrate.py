@@ -112,7 +112,8 @@ class DiffRate(Staged):
         between = [_shares(*counts) for _, counts in sorted(SEARCHED["deit_small"].items(), reverse=True)]
         knots = [([1.0] * 12, [1.0] * 12), *between, ([0.0] * 12, [0.0] * 12)]
         pruned, merged = ([_along(knots, strength, side, (i + 0.5) / depth) for i in range(depth)] for side in range(2))
-        return DiffRate._of(patches, pruned, merged)
+        made = self._of(patches, pruned, merged)
+        return made if self.merge == type(self)().merge else replace(made, merge=self.merge)
 
     def merged(self, stage: int, n: int, k: int) -> int:
         """How many of the n - k removed go into others."""

@@ -51,13 +51,17 @@ def draw(model: nn.Module, reducer: Reducer, photo: Any, image_size: int, style:
         raise UnsupportedError(
             f"the grid of {type(model).__name__} cannot be set for a photograph; show takes timm's VisionTransformer"
         )
-    net: Any = restore_(share_weights(model)).eval()
+    net: Any = share_weights(model)
+    heads = net._modules.get("token_reducer")  # learned ones rank as they learned to
+    restore_(net).eval()
     patch = net.patch_embed.patch_size
     scale = image_size / min(photo.size)
     rows, columns = (max(1, round(side * scale / p)) for side, p in zip(reversed(photo.size), patch, strict=True))
     size = (rows * patch[0], columns * patch[1])
     net.set_input_size(img_size=size)
     whole = macs(net, size)
+    if heads is not None:
+        net.token_reducer = heads
     reduce_(net, reducer)
     with trace(net) as t:
         net(normalise(photo, size, *_mean_std(net)))

@@ -74,6 +74,10 @@ class ReducerConfig:
             "help": "Ratio of tokens kept at each stage, 0.7, or one per stage, 0.7,0.6,0.5. ToMe gets the r that costs the same."
         },
     )
+    macs: Annotated[float, Limits(above=True, most=1)] | None = field(
+        default=None,
+        metadata={"help": "Budget in place of --keep: share of the unreduced model's multiply-adds, as 0.5.", "unset": "by --keep"},
+    )
     at: tuple[int, ...] | None = field(
         default=None,
         metadata={"help": "Stages: 0-based block indices, as 3,6,9.", "unset": "one quarter, half and three quarters of the depth"},
