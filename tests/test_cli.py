@@ -735,7 +735,10 @@ def test_options_that_would_change_nothing_are_refused(photos, capsys):
     for command, message in (
         (["plan", *TINY, "--macs", 0.5, "--checkpoint", "gone.pth"], "change no count and no time; leave them out"),
         (["plan", *TINY, "--macs", 0.5, "--calibrate", photos, "--fresh"], "leave --fresh and --precision out"),
-        (["eval", *TINY, "--data", photos, "--num-classes", 2, "--method", "tome", "--at", "2"], "tome reduces in every block"),
+        (
+            ["eval", *TINY, "--data", photos, "--num-classes", 2, "--method", "tome", "--macs", 0.7, "--at", "2"],
+            "tome reduces in every",
+        ),
         (["train", "--keep", 0.5, "--macs", 0.5, "--print-config"], "--keep and --macs both say how much is kept"),
     ):
         assert message in fails(capsys, *command)
@@ -745,7 +748,7 @@ def test_blocks_are_for_the_methods_that_have_stages(capsys):
     assert run("bench", *TINY, "--methods", "etps,tome", "--macs", 0.8, "--at", "1,2", "--rounds", 1, "--batch-size", 1) == 0
 
 
-def test_training_takes_a_budget(capsys):
+def test_training_takes_a_budget(tmp_path, capsys):
     """Whose ratios are found for the model that is trained."""
     from squeezevit.train.build import make_reducer
     from squeezevit.train.config import ReducerConfig
@@ -753,7 +756,16 @@ def test_training_takes_a_budget(capsys):
     net = zoo.build("plain")
     made = make_reducer(ReducerConfig(method="training-free", macs=0.7), net)
     assert made == sv.preset("training-free", macs=0.7, model=net)
-    assert run("train", "--macs", 0.5, "--print-config") == 0 and "macs: 0.5" in capsys.readouterr().out
+    other = make_reducer(ReducerConfig(method="etps", macs=0.7, options={"mass": True}), net)  # options count, too
+    assert other == sv.plan(net, sv.ETPS(mass=True), macs=0.7)
+    with pytest.raises(ConfigError, match=r"reducer\.options says keep, which reducer\.macs is to find"):
+        make_reducer(ReducerConfig(method="etps", macs=0.7, options={"keep": 0.5}), net)
+    assert run("train", "--macs", 0.5, "--print-config") == 0
+    (tmp_path / "mine.yaml").write_text(said := capsys.readouterr().out)
+    assert "macs: 0.5" in said
+    assert run("train", "--recipe", tmp_path / "mine.yaml", "--keep", 0.6, "--print-config") == 0
+    said = capsys.readouterr().out
+    assert "keep: 0.6" in said and "macs: 0.5" not in said  # what is typed counts for more than a recipe
 
 
 def test_show_draws_by_the_heads_that_were_trained(photos, tmp_path, capsys):

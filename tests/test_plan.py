@@ -479,7 +479,9 @@ def test_a_plan_keeps_how_diffrate_merges():
     """Pure pruning stays so; the default merges by the searched rates."""
     model = zoo.build("plain")
     assert sv.plan(model, sv.DiffRate(merge=0.0), macs=0.6).merge == 0.0
-    assert isinstance(sv.plan(model, sv.DiffRate, macs=0.6).merge, tuple)
+    found = sv.plan(model, sv.DiffRate, macs=0.6)
+    assert isinstance(found.merge, tuple) and sv.plan(model, sv.plan(model, sv.DiffRate, macs=0.8), macs=0.6) == found
+    assert sv.plan(model, sv.DiffRate.searched("deit_small", 2.9), macs=0.6) == found  # of another depth
 
 
 def test_a_learned_reducer_is_not_searched_by_fresh_heads():

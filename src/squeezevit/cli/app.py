@@ -244,6 +244,11 @@ def train(
     """
     from squeezevit.train.config import load_config, to_yaml
 
+    asked = {*values, *(s.partition("=")[0].strip() for s in settings or ())}
+    if {"reducer.keep", "reducer.macs"} <= asked:
+        raise ConfigError("--keep and --macs both say how much is kept; give one of them")
+    if "reducer.keep" in asked:
+        settings = [*(settings or ()), "reducer.macs=null"]  # of a recipe
     source: str | Path | None = recipe
     if resume and recipe is None and "out" in values and (Path(values["out"]) / "config.yaml").is_file():
         source = Path(values["out"]) / "config.yaml"
@@ -251,8 +256,6 @@ def train(
         from squeezevit.train.start import from_bundle
 
         values = {**from_bundle(bundle, values), **{name: value for name, value in values.items() if value is not None}}
-    if {"reducer.keep", "reducer.macs"} <= {*values} and values["reducer.keep"] is not None and bundle is None:
-        raise ConfigError("--keep and --macs both say how much is kept; give one of them")
     config = load_config(source, values, settings or ())
     if print_config:
         screen.verbatim(to_yaml(config))

@@ -352,7 +352,7 @@ def _reducer(net: Any, wanted: Wanted, image_size: Any) -> "Reducer":
     method, at = method_named(wanted.method or wanted.usual[0]).name, options.blocks(wanted.at)
     if wanted.macs is not None and wanted.latency is not None:
         raise ConfigError("--macs and --time are two budgets; give one of them")
-    if at is not None and not takes_stages(method):
+    if at is not None and (wanted.macs or wanted.latency) and not takes_stages(method):
         raise ConfigError(f"--at {wanted.at}: {method} reduces in every block and has no stages to place; leave --at out")
     with screen.steps() as report:
         if wanted.macs is not None:
@@ -371,8 +371,7 @@ def takes_stages(method: str) -> bool:
     from squeezevit.core.reducer import Staged
     from squeezevit.reducers.catalog import method as row_of
 
-    template = row_of(method).template()
-    return isinstance(template, Staged) and template.at != "every"
+    return isinstance(row_of(method).template(), Staged)
 
 
 def require_a_choice(config: Any, given: list[str]) -> None:

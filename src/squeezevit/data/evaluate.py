@@ -79,13 +79,13 @@ def evaluate(
     batches.dataset.check_classes(model)
     device = _place(model, device)
     total, done, tally, timings = len(batches.dataset), 0, _Tally(), list[tuple[int, float]]()
-    k = min(5, len(batches.dataset.classes))
+    k, unused = min(5, len(batches.dataset.classes)), 0.0
     start = time.perf_counter()
     died = reading(batches.dataset.folder, WORKERS_REMEDY)  # may be told while the model computes
     with died, torch.inference_mode(), evaluation_mode(model):
         for batch in batches:
             if not timings and len(batch.labels):
-                _timed_forward(model, batch.images.to(device), precision)  # what runs first is slow, and counts for no model
+                _, unused = _timed_forward(model, batch.images.to(device), precision)  # what runs first is slow, for any model
             logits, seconds = _timed_forward(model, batch.images.to(device), precision)
             batches.dataset.check_outputs(_outputs(logits))
             tally.add(logits.cpu(), batch.labels, k)
@@ -93,7 +93,7 @@ def evaluate(
             done = tally.images + len(batches.unreadable)
             if progress:
                 progress(done, total)
-    elapsed = time.perf_counter() - start
+    elapsed = time.perf_counter() - start - unused
     if tally.images == 0:
         first = batches.unreadable[0]
         raise DataError(f"none of the {total} images of {batches.dataset.folder} is readable; {first.path}: {first.reason}")

@@ -6,6 +6,7 @@ A method of your own appears in every command by one row: `register(Method("mine
 
 import difflib
 import importlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -35,6 +36,8 @@ from squeezevit.reducers import (
     VisionZip,
     ZeroTPrune,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Look(NamedTuple):
@@ -124,7 +127,11 @@ def register(row: Method) -> Method:
         ) from error
     for other in _METHODS.values():
         known = type(other.template())
-        if known.__name__ == kind.__name__ and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+        if (
+            other.name != row.name
+            and known.__name__ == kind.__name__
+            and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__)
+        ):
             raise ConfigError(
                 f"there already is a reducer class {kind.__name__} ({known.__module__}), and saved models name theirs; rename yours"
             )
@@ -145,7 +152,10 @@ def methods() -> dict[str, Method]:
 @cache
 def _load_installed() -> None:
     for point in entry_points(group="squeezevit.methods"):
-        point.load()
+        try:
+            point.load()
+        except ConfigError as error:  # one package's method is no reason to end all commands
+            logger.warning("%s of an installed package is left out: %s", point.name, error)
 
 
 def import_methods(module: str) -> None:

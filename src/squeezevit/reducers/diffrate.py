@@ -113,7 +113,9 @@ class DiffRate(Staged):
         knots = [([1.0] * 12, [1.0] * 12), *between, ([0.0] * 12, [0.0] * 12)]
         pruned, merged = ([_along(knots, strength, side, (i + 0.5) / depth) for i in range(depth)] for side in range(2))
         made = self._of(patches, pruned, merged)
-        return made if self.merge == type(self)().merge else replace(made, merge=self.merge)
+        # shares by stage belong to the counts that they were found for; one share for all is the user's wish
+        own = isinstance(self.merge, float) and self.merge != type(self)().merge
+        return replace(made, merge=self.merge) if own else made
 
     def merged(self, stage: int, n: int, k: int) -> int:
         """How many of the n - k removed go into others."""

@@ -51,9 +51,9 @@ def draw(model: nn.Module, reducer: Reducer, photo: Any, image_size: int, style:
         raise UnsupportedError(
             f"the grid of {type(model).__name__} cannot be set for a photograph; show takes timm's VisionTransformer"
         )
-    net: Any = share_weights(model)
+    net: Any = share_weights(model).eval()
     heads = net._modules.get("token_reducer")  # learned ones rank as they learned to
-    restore_(net).eval()
+    restore_(net)
     patch = net.patch_embed.patch_size
     scale = image_size / min(photo.size)
     rows, columns = (max(1, round(side * scale / p)) for side, p in zip(reversed(photo.size), patch, strict=True))

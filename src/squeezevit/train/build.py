@@ -11,7 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from squeezevit.budget.plan import like, plan_macs
+from squeezevit.budget.plan import like, plan
 from squeezevit.checkpoint import load_checkpoint_, read_checkpoint, reduce_with_weights_
 from squeezevit.core.attach import restore_
 from squeezevit.core.cut import description_of
@@ -68,13 +68,14 @@ def create_model(config: ModelConfig, classes: int) -> nn.Module:
 
 def make_reducer(config: ReducerConfig, model: nn.Module) -> Reducer:
     """The configured reducer. Raises ConfigError for an unknown method, keep ratio or option."""
-    if config.macs is not None:
-        reducer = plan_macs(model, config.method, config.macs, config.at)
-    else:
-        reducer = like(model, config.method, config.keep, config.at)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
+    row = method(config.method)
+    if config.macs is not None and (both := {"keep", "r", "at"} & {*values}):
+        raise ConfigError(f"reducer.options says {', '.join(sorted(both))}, which reducer.macs is to find; leave one of them out")
+    reducer = row.template() if config.macs is not None else like(model, config.method, config.keep, config.at)
     try:
-        return dataclasses.replace(reducer, **values)
+        reducer = dataclasses.replace(reducer, **values)
+        return reducer if config.macs is None else plan(model, reducer, macs=config.macs, at=config.at, curve=row.curve)
     except TypeError as error:
         known = ", ".join(vars(reducer)) or "none"
         raise ConfigError(
