@@ -56,7 +56,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--dense-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--methods", nargs="+", default=["training-free", "etps+mass"])
+    parser.add_argument("--methods", nargs="+", default=["training-free", "class-token"])
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=Recipe.precision, help="of the training")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, default=RESULTS / "chain.json")

@@ -95,6 +95,24 @@ EXPERIMENTS = {
         "What is left after fine-tuning every method by one recipe?",
         dots("name", "accuracy", "macs_share", unit="accuracy, %"),
     ),
+    "finetune_cpu35": Experiment(
+        "Accuracy",
+        "Fine-tuned, 35 % in 4 epochs",
+        "The same in a shorter recipe, for which the rivals were run, too.",
+        dots("name", "accuracy", unit="accuracy, %"),
+    ),
+    "finetune_warm35": Experiment(
+        "Accuracy",
+        "Fine-tuned, 35 % with warmed heads",
+        "How far do today's preset, ToMe and dTPS with warmed heads come in 4 epochs?",
+        dots("name", "accuracy", unit="accuracy, %"),
+    ),
+    "chain": Experiment(
+        "Elsewhere",
+        "From training to int8",
+        "What do training, reduction, export and int8 cost and gain together, on solar cells?",
+        dots("format", "speedup", "method", unit="speed-up over torch fp32, unreduced", line=1),
+    ),
     "dense": Experiment(
         "Accuracy", "Dense tasks", "How near are patch tokens and saliency maps on the full grid?", against_macs("cosine")
     ),

@@ -17,7 +17,9 @@ LEFT_OUT = ("created", "machine", "versions", "command", "also", "seconds")
 def files() -> dict[str, Path]:
     """The results files by the name of their page; one that no experiment is known for gets a page as well."""
     found = {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
-    return found | {"finetune": RESULTS / "finetune" / "finetune.json"}
+    folder = RESULTS / "finetune"
+    short = {f"finetune_{path.parent.name}": path for path in sorted(folder.glob("*/finetune.json"))}
+    return found | {"finetune": folder / "finetune.json"} | short
 
 
 def experiment(name: str) -> Experiment:
