@@ -227,7 +227,7 @@ def test_training_commands_are_configurations(offline, capsys):
         assert said.startswith("model:"), said
         if file:
             Path(file).write_text(said)
-    assert len(trained) == 12
+    assert len(trained) == 13
 
 
 # names and links

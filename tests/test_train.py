@@ -345,7 +345,7 @@ SPOILT = {
     ),
     "all of best": (
         lambda run: [shutil.copy(run / f"best/{name}", run / f"last/{name}") for name in ("model.safetensors", "SHA256SUMS")],
-        r"last does not hold what was written: SHA256SUMS lists classes\.txt, model\.safetensors, squeezevit",
+        r"last holds more than was written: SHA256SUMS does not list state\.pt; take out what does not belong there, or put the",
     ),
     "a file gone": (lambda run: (run / "last/model.safetensors").unlink(), "last does not hold what was written"),
     "no sums": (lambda run: (run / "last/SHA256SUMS").unlink(), "last lacks SHA256SUMS"),

@@ -39,7 +39,8 @@ def check_folder(folder: Path, exact: bool = True) -> bool:
         )
     if exact and (new := found - names):
         raise CheckpointError(
-            f"{folder} holds more than was written: {NAME} does not list {', '.join(sorted(new))}; take it out of the folder"
+            f"{folder} holds more than was written: {NAME} does not list {', '.join(sorted(new))}; take out what does not "
+            f"belong there, or {REMEDY}"
         )
     for name in sorted(names):
         check(folder / name)
