@@ -107,6 +107,12 @@ EXPERIMENTS = {
         "How far do today's preset, ToMe and dTPS with warmed heads come in 4 epochs?",
         dots("name", "accuracy", unit="accuracy, %"),
     ),
+    "chain": Experiment(
+        "Elsewhere",
+        "From training to int8",
+        "What do training, reduction, export and int8 cost and gain together, on solar cells?",
+        dots("format", "speedup", "method", unit="speed-up over torch fp32, unreduced", line=1),
+    ),
     "dense": Experiment(
         "Accuracy", "Dense tasks", "How near are patch tokens and saliency maps on the full grid?", against_macs("cosine")
     ),
