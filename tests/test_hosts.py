@@ -626,6 +626,23 @@ def test_a_host_that_counts_tokens_needs_the_grid(name):
     torch.testing.assert_close(features(), found, **CLOSE)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_host_that_averages_must_know_what_it_averages(before):
+    """Its tower alone, reduced before the host or after it, would be pooled as if each token were one patch."""
+    model = zoo.build("hf-dinov2")
+    if before:
+        sv.reduce_(model, sv.ToMe(r=2))
+    sv.reduce_(model.dinov2, sv.ToMe(r=2))
+    with (
+        pytest.raises(UnsupportedError, match=r"takes the mean of its patch tokens, each as one; reduce that model"),
+        torch.no_grad(),
+    ):
+        model(zoo.images())
+    sv.restore_(model.dinov2)
+    with torch.no_grad():
+        assert sv.reduce_(model, sv.ToMe(r=2))(zoo.images()).logits.isfinite().all()  # what the message says
+
+
 def test_every_tower_of_a_model_with_several():
     """DepthPro takes the largest square number of the last tokens for an image, however many there are."""
     options = {**VIT, "num_hidden_layers": 4}

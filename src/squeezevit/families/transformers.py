@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from squeezevit.core import ops
-from squeezevit.core.block import Mixin
+from squeezevit.core.block import Mixin, State
 from squeezevit.core.cut import (
     ANY_PAIRS,
     Description,
@@ -33,7 +33,6 @@ from squeezevit.core.cut import (
     trial_patches,
 )
 from squeezevit.core.evidence import Attention, compute, is_plain, output, recorded
-from squeezevit.core.reducer import Reducer
 from squeezevit.core.supported import ANY_COUNT, BACKBONES, TOWERS, refusal
 from squeezevit.errors import UnsupportedError
 from squeezevit.families.tokens import Averaging, PoolingMean, Tower, WeightedPooling, Without, own_methods
@@ -338,7 +337,7 @@ class HostedTower(Tower):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.squeezevit_state
         if state.stages and not state.grid and not torch.compiler.is_compiling():
-            _refuse_callers_that_need_the_grid(cast(PreTrainedModel, self), state.reducer)
+            _refuse_callers_that_know_of_nothing(cast(PreTrainedModel, self), state)
         return super().forward(*args, **kwargs)
 
 
@@ -369,17 +368,22 @@ _TOWERS = {
 }
 
 
-def _refuse_callers_that_need_the_grid(tower: PreTrainedModel, reducer: Reducer) -> None:
+def _refuse_callers_that_know_of_nothing(tower: PreTrainedModel, state: State) -> None:
     """Look for them among the functions that are running: a tower that was reduced alone knows of nobody around it."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("transformers.models."):
-            runs = frame.f_locals.get("self")
-            counts = _needs_grid(runs, tower) if isinstance(runs, PreTrainedModel) else ""
-            if counts and any(part is tower for part in cast(nn.Module, runs).modules()):
+        runs = frame.f_locals.get("self") if frame.f_globals.get("__name__", "").startswith("transformers.models.") else None
+        if isinstance(runs, PreTrainedModel) and any(part is tower for part in runs.modules()):
+            alone = f"{type(tower).__name__} was reduced alone, and is called by {type(runs).__name__}, which"
+            if counts := _needs_grid(runs, tower):
                 raise UnsupportedError(
-                    f"{type(tower).__name__} was reduced alone, and is called by {type(runs).__name__}, which {counts}; reduce "
-                    f"it with grid=True, and every patch gets the token that it ended in: sv.reduce_(tower, {reducer}, grid=True)"
+                    f"{alone} {counts}; reduce it with grid=True, and every patch gets the token that it ended in: "
+                    f"sv.reduce_(tower, {state.reducer}, grid=True)"
+                )
+            if _name(runs, _AVERAGING) and vars(runs).get("squeezevit_state") is not state:
+                raise UnsupportedError(
+                    f"{alone} takes the mean of its patch tokens, each as one; reduce that model: "
+                    f"sv.reduce_(model, {state.reducer})"
                 )
         frame = frame.f_back
 
