@@ -219,6 +219,12 @@ EXPERIMENTS = {
         "How fast and how true is a model in other runtimes?",
         dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1),
     ),
+    "deploy_168": Experiment(
+        "Elsewhere",
+        "Exported models at 168 pixels",
+        "The same at four budgets, compiled, and one image at a time.",
+        dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1),
+    ),
     "deploy_deit": Experiment(
         "Elsewhere",
         "Exported DeiT-S",
