@@ -374,16 +374,17 @@ def _refuse_callers_that_know_of_nothing(tower: PreTrainedModel, state: State) -
     while frame is not None:
         runs = frame.f_locals.get("self") if frame.f_globals.get("__name__", "").startswith("transformers.models.") else None
         if isinstance(runs, PreTrainedModel) and any(part is tower for part in runs.modules()):
-            alone = f"{type(tower).__name__} was reduced alone, and is called by {type(runs).__name__}, which"
+            why = ""
             if counts := _needs_grid(runs, tower):
-                raise UnsupportedError(
-                    f"{alone} {counts}; reduce it with grid=True, and every patch gets the token that it ended in: "
+                why = (
+                    f"{counts}; reduce it with grid=True, and every patch gets the token that it ended in: "
                     f"sv.reduce_(tower, {state.reducer}, grid=True)"
                 )
-            if _name(runs, _AVERAGING) and vars(runs).get("squeezevit_state") is not state:
+            elif _name(runs, _AVERAGING) and vars(runs).get("squeezevit_state") is not state:
+                why = f"takes the mean of its patch tokens, each as one; reduce that model: sv.reduce_(model, {state.reducer})"
+            if why:
                 raise UnsupportedError(
-                    f"{alone} takes the mean of its patch tokens, each as one; reduce that model: "
-                    f"sv.reduce_(model, {state.reducer})"
+                    f"{type(tower).__name__} was reduced alone, and is called by {type(runs).__name__}, which {why}"
                 )
         frame = frame.f_back
 
