@@ -17,9 +17,10 @@ from torch import Tensor
 
 import squeezevit as sv
 from squeezevit.bench.machine import header, write_json
+from squeezevit.compare.ranks import p_value
 from squeezevit.core.reducer import Reducer
 from tasks import Trial, trial
-from workshop import RESULTS, arguments, p_value, say
+from workshop import RESULTS, arguments, say
 
 SHARES = (0.35, 0.5, 0.65)  # of few, of all alike, and of many tokens
 BLOCKS = (0, 3)  # stages of the preset

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import squeezevit as sv
 from squeezevit.bench.machine import command, now, write_json
-from squeezevit.compare.ranks import ranks
+from squeezevit.compare.ranks import p_value, ranks
 from squeezevit.core.reducer import Reducer
 from tasks import TASKS, Pictures, Task
 from training import Recipe
-from workshop import Sheet, p_value, say, standard_error
+from workshop import Sheet, say, standard_error
 
 RIVALS = ("evit", "topk", "tome", "random")
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 import squeezevit as sv
 from saliency import SIZE, Decoder, decoder
 from squeezevit.budget.plan import make_plan
+from squeezevit.compare.ranks import p_value
 from squeezevit.data import dinov2
 from squeezevit.reducers.catalog import method
 from tasks import photographs
-from workshop import RESULTS, Sheet, arguments, p_value, say, standard_error, untrained
+from workshop import RESULTS, Sheet, arguments, say, standard_error, untrained
 
 
 @torch.inference_mode()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import ttest_1samp
 
 from squeezevit.bench.machine import header, write_json
 from squeezevit.bench.run import Speed
@@ -94,11 +93,6 @@ def overhead(speed: Speed) -> str:
 
 def standard_error(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def p_value(difference: np.ndarray) -> float:
-    """Of a paired t-test over images."""
-    return float(ttest_1samp(difference, 0.0).pvalue) if np.ptp(difference) else 1.0
 
 
 def peak_memory(reducer: Any, model: str, size: int, batch: int) -> float:

@@ -75,6 +75,7 @@ def dots(
     return draw
 
 
+OVER_TORCH = dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1)  # of exported models
 EXPERIMENTS = {
     "demo": Experiment(
         "Accuracy",
@@ -217,19 +218,19 @@ EXPERIMENTS = {
         "Elsewhere",
         "Exported models",
         "How fast and how true is a model in other runtimes?",
-        dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1),
+        OVER_TORCH,
     ),
     "deploy_168": Experiment(
         "Elsewhere",
         "Exported models at 168 pixels",
         "The same at four budgets, compiled, and one image at a time.",
-        dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1),
+        OVER_TORCH,
     ),
     "deploy_deit": Experiment(
         "Elsewhere",
         "Exported DeiT-S",
         "How fast is eTPS in other runtimes, compiled, and one image at a time?",
-        dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1),
+        OVER_TORCH,
     ),
     "recall": Experiment(
         "Accuracy",

@@ -267,8 +267,8 @@ def _prove(model: nn.Module, card: Card) -> None:
         told, found = _both(model, card, remedy)
     if told.shape == found.shape and not torch.equal(told, found):
         # weights that lie in memory as their file did are summed in another order: a copy lies as those that are loaded
-        with torch.random.fork_rng(devices=[]):
-            told = _both(copy.deepcopy(model), card, remedy)[0]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            told = _run(copy.deepcopy(model).eval(), images(model, 1, card.preprocessing.crop))
     if told.shape != found.shape or not torch.equal(told, found):
         raise ConfigError(f"what is known of this {type(model).__name__} builds another model, whose numbers differ; {remedy}")
     if card.classes is not None and len(card.classes) != told.shape[-1]:

@@ -147,8 +147,7 @@ def evaluate(
     ready = inputs.ready(replace(wanted, device=device, batch_size=batch_size, precision=precision))
     net, reducer = ready.net, ready.reducer
     batches = inputs.batches(ready, data, image_size, batch_size, workers, classes, upright)
-    if reducer.learned and not ready.trained:
-        screen.note(f"the score heads of {ready.method} are untrained (no weights brought any): they rank tokens at random")
+    inputs.note_untrained(ready)
     to_device(net, device)
     size = image_size if ready.card is None else ready.card.preprocessing.crop
     rows: list[dict[str, Any]] = []
@@ -315,8 +314,7 @@ def show(
     drawer: Callable[[Any], Any]
     if question is None:
         ready = inputs.ready(wanted)
-        if ready.reducer.learned and not ready.trained:
-            screen.note(f"the score heads of {ready.method} are untrained (no weights brought any): they rank tokens at random")
+        inputs.note_untrained(ready)
         reducer, suffix = str(ready.reducer), ready.method.replace("+", "-").lower()
         drawer = partial(draw, ready.net, ready.reducer, image_size=image_size, style=cast(Any, style))
     else:

@@ -75,8 +75,7 @@ def export(
     _check_calibration(int8, calibrate)
     wanted = inputs.Wanted(source, model, pretrained, checkpoint, method, keep, at, macs, latency, num_classes, image_size)
     ready = inputs.ready(replace(wanted, as_it_is=True))
-    if ready.reducer.learned and not ready.trained:
-        screen.note(f"the score heads of {ready.method} are untrained (no weights brought any): they rank tokens at random")
+    inputs.note_untrained(ready)
     written = export_model(
         ready.net, out, card=ready.card, options=ready.options, preprocessing=ready.preprocessing, image_size=image_size,
         classes=classes, to=to, calibrate=calibrate, images=images,

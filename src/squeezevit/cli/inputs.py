@@ -366,6 +366,12 @@ def _reducer(net: Any, wanted: Wanted, image_size: Any) -> "Reducer":
     return like(net, method, options.one_or_each(wanted.keep or wanted.usual[1]), at, image_size)
 
 
+def note_untrained(ready: Ready) -> None:
+    """Say so where nobody trained the heads that decide."""
+    if ready.reducer.learned and not ready.trained:
+        screen.note(f"the score heads of {ready.method} are untrained (no weights brought any): they rank tokens at random")
+
+
 def takes_stages(method: str) -> bool:
     """Whether blocks can be named for a method; others reduce in every one."""
     from squeezevit.core.reducer import Staged

@@ -29,10 +29,10 @@ def reads_elsewhere(model: nn.Module, about: Description) -> str:
     as_written = torch.compiler.set_stance("force_eager")  # a compiled model would run past the hook
     with torch.no_grad(), evaluation_mode(model), without_hooks(model, whole=True), as_written:
         try:
-            found = list(_tensors(answer(run(x))))
+            found = _numbers(run, x)
         except Exception as error:  # whatever a library says of images that it would have given otherwise
             return f"cannot be tried on noise ({(str(error).splitlines() or [type(error).__name__])[0]})"
-        if not all(bool(tensor.isfinite().all()) for tensor in found):
+        if not _finite(found):
             return "puts out numbers that are not finite, so that nothing can be tried"
         if _spoiled(run, x, about.blocks[-1], slice(prefix, None)):
             return "puts out what is made of patch tokens, too"
@@ -59,12 +59,21 @@ def _spoiled(run: Callable[[Tensor], Any], x: Tensor, block: nn.Module, tokens: 
 
     handle = block.register_forward_hook(spoil)
     try:
-        found = list(_tensors(answer(run(x))))
+        found = _numbers(run, x)
     except Exception:  # a library that looks for NaN
         return True
     finally:
         handle.remove()
-    return not found or not all(bool(tensor.isfinite().all()) for tensor in found)
+    return not found or not _finite(found)
+
+
+def _numbers(run: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
+    """What is read of a model's output."""
+    return list(_tensors(answer(run(x))))
+
+
+def _finite(found: list[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in found)
 
 
 def _tensors(out: Any) -> Iterator[Tensor]:

@@ -75,7 +75,7 @@ class Trace:
     def __repr__(self) -> str:
         stages = self.stages
         if not stages:
-            why = "run the model inside `with sv.trace(model) as t:`" if self._state.stages else "it has no stages"
+            why = "run the model inside `with sv.trace(model) as t:`" if self.has_stages else "it has no stages"
             return f"trace of {self._state.reducer}: nothing was recorded; {why}"
         images = len(stages[0].kept)
         rows = [("block", "tokens in", "tokens out", "largest group", "dropped")]
@@ -123,9 +123,9 @@ class Trace:
         """What learned heads decided in training: per stage [B, N0], 1 for the original patches kept so far, with gradient."""
         out: list[Tensor] = []
         first = next((s.decision for s in self.stages if s.decision is not None), None)
+        if first is None:
+            return out
         for j, s in enumerate(self.stages):
-            if first is None:
-                break
             if s.decision is None:  # a keep ratio of 1
                 out.append(out[-1] if out else first.new_ones(first.shape[0], self.stages[0].n))
             elif s.n == self.stages[0].n:
@@ -163,7 +163,7 @@ class Trace:
         Shapes: patch tokens without prefix [B, K, C] -> [B, N0, C]. stage: the number of the stage that the tokens left, 0-based;
         None: the last. Raises ConfigError where the count is another.
         """
-        if not self._state.stages:
+        if not self.has_stages:
             return tokens
         if not self._records:
             raise ConfigError("nothing was traced; run the model inside `with sv.trace(model) as t:` before scatter_back")

@@ -131,11 +131,10 @@ class Journal:
         write(new / self.out.name)
         for file in sorted(new.iterdir()):
             file.replace(self.out.parent / file.name)
-        self.close()
-        shutil.rmtree(self.folder)
+        self.forget()
 
     def forget(self) -> None:
-        """Take the journal away, where what is done is of no use."""
+        """Take the journal away: its table is in place, or what is done is of no use."""
         self.close()
         shutil.rmtree(self.folder)
 

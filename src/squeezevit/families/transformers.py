@@ -373,7 +373,7 @@ def _refuse_callers_that_know_of_nothing(tower: PreTrainedModel, state: State) -
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         runs = frame.f_locals.get("self") if frame.f_globals.get("__name__", "").startswith("transformers.models.") else None
-        if isinstance(runs, PreTrainedModel) and any(part is tower for part in runs.modules()):
+        if isinstance(runs, PreTrainedModel):
             why = ""
             if counts := _needs_grid(runs, tower):
                 why = (
@@ -382,7 +382,7 @@ def _refuse_callers_that_know_of_nothing(tower: PreTrainedModel, state: State) -
                 )
             elif _name(runs, _AVERAGING) and vars(runs).get("squeezevit_state") is not state:
                 why = f"takes the mean of its patch tokens, each as one; reduce that model: sv.reduce_(model, {state.reducer})"
-            if why:
+            if why and any(part is tower for part in runs.modules()):
                 raise UnsupportedError(
                     f"{type(tower).__name__} was reduced alone, and is called by {type(runs).__name__}, which {why}"
                 )
