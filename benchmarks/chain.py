@@ -89,7 +89,7 @@ def main() -> None:
         own, lost = hits[name, kind], 100 * (hits[base].astype(float) - hits[name, kind])
         step = 100 * (hits[name, "torch fp32"].astype(float) - own)
         row = {
-            "method": name, "format": kind, "macs": sv.macs(models[name], SIZE) / macs, "accuracy": float(own.mean()),
+            "method": name, "format": kind, "macs_share": sv.macs(models[name], SIZE) / macs, "accuracy": float(own.mean()),
             "loss": float(lost.mean()), "loss_se": standard_error(lost), "of_format": float(step.mean()),
             "of_format_se": standard_error(step), "images_per_second": BATCH / times.median((name, kind)),
             "speedup": 1 / times.ratio((name, kind), base), "speedup_best": 1 / times.best_ratio((name, kind), base),

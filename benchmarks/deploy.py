@@ -137,7 +137,7 @@ def main() -> None:
         of_dense = {share: sv.macs(model, size) / macs for share, model in models.items()}
         for share, kind in product(chosen.shares, chosen.formats):
             start, how, model = time.monotonic(), FORMATS[kind], models[share]
-            row: dict[str, Any] = {"share": share, "format": kind, "macs": of_dense[share], "method": chosen.method}
+            row: dict[str, Any] = {"share": share, "format": kind, "macs_share": of_dense[share], "method": chosen.method}
             for batch in chosen.batch_sizes:
                 folder, own = Path(name, f"{share}-{kind}-{batch}"), copy.deepcopy(model)
                 made = of_torch(own, kind) if how is None else exported(own, how, subject.calibration, batch, size, folder)
