@@ -205,6 +205,19 @@ def test_pieces_compiled_apart_never_answer_wrongly():
     torch.testing.assert_close(zoo.run(model, images[0]), expected[0])
 
 
+def test_threads_do_not_notice_that_another_compiles():
+    """torch says that it compiles to all threads while one of them does."""
+    model = zoo.reduce(zoo.build("average-pool"), zoo.REDUCERS["etps-mass"])
+    met = []
+
+    def compiler(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        met.append(hammer(model, zoo.run, 10))
+        return module.forward
+
+    torch.compile(lambda x: x + 1, backend=compiler)(torch.ones(2))
+    assert met == [(0, 40)]
+
+
 def test_the_whole_model_compiled_works_in_threads():
     torch._dynamo.reset()
     model = zoo.reduce(zoo.build("average-pool"), zoo.REDUCERS["etps-mass"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from squeezevit.core import ops
+from squeezevit.core.capture import compiling
 from squeezevit.core.cut import Cut, base_class, description_of
 from squeezevit.core.evidence import Attention, Recording
 from squeezevit.core.guard import Forward, Forwards, Trace, done_with, require_gradient, warn_if_frozen
@@ -247,7 +248,7 @@ def _require_proof(block: ReducedBlock, x: Tensor) -> None:
     found = block.squeezevit_cut.fingerprint(block)
     if found == site.fingerprint:
         return
-    if torch.compiler.is_compiling():
+    if compiling():
         raise UnsupportedError(
             f"block {site.block} has changed since sv.reduce_ ({site.fingerprint} then, {found} now); call sv.reduce_ again before "
             "compiling"
@@ -308,7 +309,7 @@ def _is_boolean(mask: Any) -> bool:
 
 def _hides_nothing(name: str, value: Any) -> bool:
     """Whether a mask, true or 1 where tokens are seen, or added to the logits, lets all be seen; it is then no mask."""
-    if "mask" not in name or not isinstance(value, Tensor) or value.is_meta or torch.compiler.is_compiling():
+    if "mask" not in name or not isinstance(value, Tensor) or value.is_meta or compiling():
         return False
     return not value.any() if value.is_floating_point() else bool(value.all())
 

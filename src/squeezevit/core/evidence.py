@@ -4,8 +4,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from squeezevit.core.capture import compiling
 
 
 class Attention(NamedTuple):
@@ -32,13 +33,13 @@ class Recorder:
         self.compiled: Tensor | None = None  # not a dictionary, which some compiled code may not change
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if torch.compiler.is_compiling():
+        if compiling():
             self.compiled = output
         elif (thread := threading.get_ident()) in self.outputs:
             self.outputs[thread] = output
 
     def begin(self, module: nn.Module) -> None:
-        if torch.compiler.is_compiling():
+        if compiling():
             return
         self.outputs[threading.get_ident()] = None
         hooks = module._forward_hooks
@@ -48,11 +49,11 @@ class Recorder:
                 hooks[own] = hooks.pop(own)
 
     def last(self) -> Tensor | None:
-        return self.compiled if torch.compiler.is_compiling() else self.outputs.get(threading.get_ident())
+        return self.compiled if compiling() else self.outputs.get(threading.get_ident())
 
     def drop(self) -> None:
         self.compiled = None
-        if not torch.compiler.is_compiling():
+        if not compiling():
             self.outputs.pop(threading.get_ident(), None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def compute(module: nn.Module, x: Tensor) -> Tensor:
 
     Only what is compiled, where no recorder can be moved after a later hook, asks the whole module.
     """
-    return module(x) if torch.compiler.is_compiling() else module.forward(x)
+    return module(x) if compiling() else module.forward(x)
 
 
 def is_plain(linear: nn.Module) -> bool:

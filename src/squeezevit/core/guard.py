@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from squeezevit.core.capture import compiling
 from squeezevit.core.reducer import Carry, Reducer, Reduction
 from squeezevit.errors import ConfigError, UnsupportedError
 
@@ -79,7 +80,7 @@ class Forwards:
 
     def current(self) -> Forward:
         """This thread's forward; in compiled code the shared one."""
-        if torch.compiler.is_compiling():
+        if compiling():
             return self.shared
         own = self._own.forward
         if own is None:
@@ -91,7 +92,7 @@ class Forwards:
     def of(self, block: int, x: Tensor) -> Forward:
         """The forward in which x comes into a block: this thread's, or the one that is recomputed in backward, in any thread."""
         here = self.current()
-        if torch.compiler.is_compiling():
+        if compiling():
             return here
         address = _address(x)
         if not in_backward():
@@ -103,19 +104,19 @@ class Forwards:
 
     def slot(self, forward: Forward, stage: int) -> Carry | None:
         """What a stage left, also where the stage was compiled and who asks is not, or the other way."""
-        compiling = torch.compiler.is_compiling()
+        captured = compiling()
         found = forward.slots[stage]
-        if found is None and not compiling and self.shared.compiled:
+        if found is None and not captured and self.shared.compiled:
             self._require_alone()
             return self.shared.slots[stage]
-        if compiling and not self.shared.whole:
+        if captured and not self.shared.whole:
             self._require_alone()
         return found
 
     def leave(self, forward: Forward, stage: int, carry: Carry) -> None:
         """Keep what a stage leaves."""
         forward.slots[stage] = carry
-        if torch.compiler.is_compiling():
+        if compiling():
             self.shared.compiled = True
             if not self.shared.whole:
                 self.pieces = True
@@ -125,7 +126,7 @@ class Forwards:
     def carry_in(self, forward: Forward, x: Tensor, block: int, previous: int, stage: int, reducer: Reducer) -> Carry:
         """What `stage` left for a block into which x comes. Raises UnsupportedError where it is not of this very forward."""
         carry = self.slot(forward, stage)
-        recomputes = not torch.compiler.is_compiling() and in_backward()
+        recomputes = not compiling() and in_backward()
         if carry is None or not (recomputes or self._ran_last(forward, previous)):
             raise UnsupportedError(
                 f"block {block} ran without the blocks before it, but {reducer} needs what they left; call the whole model, or "
@@ -144,7 +145,7 @@ class Forwards:
 
     def passed(self, forward: Forward, block: int, y: Tensor) -> None:
         """Note that a block has run, and what it put out."""
-        if torch.compiler.is_compiling():
+        if compiling():
             forward.passed = block
         elif in_backward():
             forward.recomputed = _address(y)
@@ -158,7 +159,7 @@ class Forwards:
 
     def enter(self) -> None:
         """The model begins. Raises UnsupportedError where pieces compiled apart run in another thread."""
-        if torch.compiler.is_compiling():
+        if compiling():
             self.shared.whole = True
             return
         thread = threading.get_ident()
@@ -177,7 +178,7 @@ class Forwards:
 
     def exit(self, done: bool) -> None:
         """The model ends. Raises UnsupportedError where it is done, but another thread was in pieces compiled apart meanwhile."""
-        if torch.compiler.is_compiling():
+        if compiling():
             self.shared.whole = False
             return
         thread = threading.get_ident()
@@ -196,7 +197,7 @@ class Forwards:
 
     def open_trace(self) -> Trace | None:
         """The innermost trace that is open in this thread; in compiled code, which cannot tell threads, the only one."""
-        if not torch.compiler.is_compiling():
+        if not compiling():
             traces = self._own.traces
             return traces[-1] if traces else None
         if self.tracing > 1 and self.trace is None:
@@ -239,12 +240,12 @@ def in_backward() -> bool:
 
 def done_with(training: bool) -> bool:
     """Whether no backward can ask for what was left (reentrant checkpointing runs its forward without grad, but in training)."""
-    return torch.compiler.is_compiling() or not (training or torch.is_grad_enabled())
+    return compiling() or not (training or torch.is_grad_enabled())
 
 
 def require_gradient(x: Tensor, carry: Carry, heads: nn.Module | None, block: int, reducer: Reducer) -> None:
     """Refuse where decisions have lost their gradient on the way to a block: UnsupportedError."""
-    if carry.policy is None or carry.policy.requires_grad or torch.compiler.is_compiling() or heads is None:
+    if carry.policy is None or carry.policy.requires_grad or compiling() or heads is None:
         return
     if torch.is_grad_enabled() and x.requires_grad and any(p.requires_grad for p in heads.parameters()):
         raise UnsupportedError(
@@ -255,7 +256,7 @@ def require_gradient(x: Tensor, carry: Carry, heads: nn.Module | None, block: in
 
 def warn_if_frozen(x: Tensor, heads: nn.Module) -> None:
     """Say once that a model in training learns while its score heads do not, as adapter libraries leave them."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or "squeezevit_warned" in vars(heads):
+    if compiling() or not (torch.is_grad_enabled() and x.requires_grad) or "squeezevit_warned" in vars(heads):
         return
     if not any(p.requires_grad for p in heads.parameters()):
         vars(heads)["squeezevit_warned"] = True

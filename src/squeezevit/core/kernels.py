@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from squeezevit.core.capture import exporting
 from squeezevit.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def usable(*tensors: Tensor | None) -> bool:
     return (
         os.environ.get("SQUEEZEVIT_TRITON") == "1"
         and INSTALLED
-        and not (torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
+        and not (exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
         and all(_fits(x) for x in tensors if x is not None)
     )
 

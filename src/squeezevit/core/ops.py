@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from squeezevit.core.capture import compiling, exporting
+
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """The context in which float32 stays float32, whatever autocast the caller has switched on (meta tensors know none)."""
@@ -91,7 +93,7 @@ def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def ascending(index: Tensor) -> Tensor:
     """Different numbers [B, M] in ascending order. ExecuTorch has topk but no sort, which is the faster where they are many."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return index.topk(index.shape[1], dim=1, largest=False).values
     return index.sort(dim=1).values
 
@@ -101,7 +103,7 @@ def uniqueness(x: Tensor, importance: Tensor) -> Tensor:
 
     Shapes: [B, N, C], [B, N] -> [B, N], float32. Ties: the first of two counts as more important (in exports either may).
     """
-    if torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
+    if torch.onnx.is_in_onnx_export() or exporting():
         order = importance.topk(importance.shape[1], dim=1).indices  # few runtimes have a stable sort
     else:
         order = importance.sort(dim=1, descending=True, stable=True).indices
@@ -131,13 +133,13 @@ def _blocks(rows: int, columns: int, most: int = _PRODUCTS) -> list[tuple[int, i
     if not (_is_number(rows) and _is_number(columns)):
         return [(0, rows)]
     size = min(max(_PRODUCTS // max(columns, 1), _ROWS), most)
-    if torch.compiler.is_compiling():
+    if compiling():
         size = max(size, -(-rows // _UNROLLED))
     return [(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
 
 
 def _is_number(n: int) -> bool:
-    if not torch.compiler.is_compiling():
+    if not compiling():
         return True
     from torch.fx.experimental.symbolic_shapes import has_static_value  # brings sympy with it
 
@@ -237,7 +239,7 @@ def fuse(reserved: Tensor, pruned: Tensor, hosts: Tensor, own: Tensor, weights: 
     """
     B, K, C = reserved.shape
     flat = _flat(hosts, K)
-    if torch.compiler.is_exporting():
+    if exporting():
         own = own + wide(reserved[..., 0]).clamp(0, 0)  # runtimes make one number of a constant, and cannot add to its rows
         if not _scatter:
             return _fuse_by_product(reserved, pruned, hosts, wide(own), wide(weights))
@@ -276,7 +278,7 @@ def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     `index_add` is 4 x faster on CPU, but ONNX has no counterpart that adds duplicates: what is compiled or exported gets
     `scatter_add`, which has.
     """
-    if not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()):
+    if not (compiling() or torch.onnx.is_in_onnx_export()):
         return x.index_add_(0, index, rows)
     return x.scatter_add(0, index if rows.dim() == 1 else index[:, None].expand_as(rows), rows)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squeezevit.core.block import Mixin, State
+from squeezevit.core.capture import compiling
 from squeezevit.core.cut import base_class
 from squeezevit.core.trace import Trace, spread
 from squeezevit.errors import UnsupportedError
@@ -198,7 +199,7 @@ class Without:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.__dict__["module"]
-        hooked = module._forward_hooks or module._forward_pre_hooks or not torch.compiler.is_compiling()
+        hooked = module._forward_hooks or module._forward_pre_hooks or not compiling()
         return type(module)._call_impl(self, *args, **kwargs) if hooked else self.forward(*args, **kwargs)
 
 

@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from squeezevit.core import ops
 from squeezevit.core.block import Mixin, State
+from squeezevit.core.capture import compiling
 from squeezevit.core.cut import (
     ANY_PAIRS,
     Description,
@@ -336,7 +337,7 @@ class HostedTower(Tower):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.squeezevit_state
-        if state.stages and not state.grid and not torch.compiler.is_compiling():
+        if state.stages and not state.grid and not compiling():
             _refuse_callers_that_know_of_nothing(cast(PreTrainedModel, self), state)
         return super().forward(*args, **kwargs)
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from squeezevit.core import ops
+from squeezevit.core.capture import compiling
 from squeezevit.core.reducer import Reduction, Score, Scored, Stage, check_choice, check_flag
 from squeezevit.errors import ConfigError
 
@@ -145,6 +145,6 @@ def _checked(scores: Tensor, s: Stage, reducer: Squeeze) -> Tensor:
             f"{reducer}: the score function returned {found} at stage {s.index}; return one number for each patch token, "
             f"{list(expected)}, without the {s.prefix} prefix tokens (s.tokens[:, s.prefix:])"
         )
-    if not torch.compiler.is_compiling() and not scores.is_meta and scores.isnan().any():
+    if not compiling() and not scores.is_meta and scores.isnan().any():
         raise ConfigError(f"{reducer}: the score function returned NaN at stage {s.index}, which ranks nothing; mend the function")
     return scores
