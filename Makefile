@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUNTIMES := tests/test_export.py tests/test_predict.py tests/test_scale.py tests/test_page.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-quick page test lint types docs bench bench-gpu upgrade clean
+.PHONY: demo demo-quick page test test-older lint types docs bench bench-gpu upgrade clean
 
 demo: $(INSTALLED)
 	$(BIN)/squeezevit demo --out demo-out
@@ -20,6 +20,15 @@ page: $(INSTALLED)
 test: lint types docs
 	$(BIN)/python -m pytest -n 2 $(RUNTIMES:%=--ignore=%)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(RUNTIMES)
+
+# the core beside an older torch, in an environment of its own: compiled forms break first. make test-older OLDER="torch==2.10.0 ..."
+OLDER ?= torch==2.9.1 torchvision==0.24.1
+test-older:
+	$(PYTHON) -m venv --clear .venv-older
+	.venv-older/bin/python -m pip install --quiet --upgrade pip
+	.venv-older/bin/python -m pip install --quiet $(OLDER) --editable ".[cli,transformers,open-clip]" \
+	  "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100" "peft>=0.17" "accelerate>=1.2" "scikit-image>=0.22"
+	.venv-older/bin/python -m pytest -n 2 tests/test_ops.py tests/test_squeeze.py tests/test_families.py tests/test_forwards.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

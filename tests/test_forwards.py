@@ -3,6 +3,7 @@
 import copy
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -362,7 +363,8 @@ def test_tracers_that_cannot_follow_are_refused():
     model = sv.reduce_(zoo.build("torchvision"), sv.ETPS(keep=0.5))
     with pytest.raises(UnsupportedError, match=r"traced by torch.fx"):
         torch.fx.symbolic_trace(model.encoder.layers)
-    with pytest.raises(UnsupportedError, match=r"torch.jit.script cannot compile"), pytest.warns():
+    with pytest.raises(UnsupportedError, match=r"torch.jit.script cannot compile"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer ones of torch say that they are not for long
         torch.jit.script(model)
     torch.fx.symbolic_trace(sv.restore_(model).encoder.layers[0].mlp)
 

@@ -283,7 +283,7 @@ def _told(block: ReducedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Flags are left to the library's hooks.
     """
     site, cut = block.squeezevit_site, block.squeezevit_cut
-    given = {**dict(zip(cut.parameters, args, strict=False)), **kwargs}
+    given = {**{name: args[i] for i, name in enumerate(cut.parameters[: len(args)])}, **kwargs}
     mask = given.get("attention_mask")
     if site.state.forward.unmasked and ("attention_mask" not in cut.paired or _is_boolean(mask)):
         given.pop("attention_mask", None)

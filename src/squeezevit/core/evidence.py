@@ -86,8 +86,8 @@ def forget_(module: nn.Module) -> None:
 
 def recorded(module: nn.Module) -> Tensor | None:
     """What a module put out in the block's attention just now, where the block's stage asked for that."""
-    hook = next(reversed(module._forward_hooks.values()), None)  # what an earlier hook saw, a later one may have changed
-    return hook.last() if isinstance(hook, Recorder) else None
+    hooks = list(module._forward_hooks.values())  # what an earlier one saw, the last one may have changed
+    return hooks[-1].last() if hooks and isinstance(hooks[-1], Recorder) else None
 
 
 def output(module: nn.Module, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Forward:
     """What one run of a model has left so far."""
 
     def __init__(self, stages: int) -> None:
-        self.slots: list[Carry | None] = [None] * stages  # what each stage left
+        self.slots: list[tuple[Any, ...] | None] = [None] * stages  # what each stage left, plain: torch < 2.10 compiles no others
         self.passed = -1  # the last of the reduced blocks that ran
         self.inputs: dict[int, int] = {}  # by block, the address of what came in
         self.recomputed = 0  # the address of what the last recomputed block put out
@@ -108,20 +108,20 @@ class Forwards:
         found = forward.slots[stage]
         if found is None and not captured and self.shared.compiled:
             self._require_alone()
-            return self.shared.slots[stage]
-        if captured and not self.shared.whole:
+            found = self.shared.slots[stage]
+        elif captured and not self.shared.whole:
             self._require_alone()
-        return found
+        return None if found is None else Carry(*found)
 
     def leave(self, forward: Forward, stage: int, carry: Carry) -> None:
         """Keep what a stage leaves."""
-        forward.slots[stage] = carry
+        forward.slots[stage] = left = tuple(carry)
         if compiling():
             self.shared.compiled = True
             if not self.shared.whole:
                 self.pieces = True
         elif not in_backward():
-            self.shared.slots[stage], self.shared.compiled = carry, False
+            self.shared.slots[stage], self.shared.compiled = left, False
 
     def carry_in(self, forward: Forward, x: Tensor, block: int, previous: int, stage: int, reducer: Reducer) -> Carry:
         """What `stage` left for a block into which x comes. Raises UnsupportedError where it is not of this very forward."""

@@ -123,6 +123,9 @@ def _highest_before(a: Tensor, first: int, end: int) -> Tensor:
 _PRODUCTS = 2**19  # of tokens with tokens at once: memory then grows with their number and not with its square
 _ROWS = 128  # but so many rows at least, as fewer are slower
 _TRIANGLE = 256  # and so many at most where a row needs only those before it
+_TELLS_NUMBERS = (
+    torch.torch_version.TorchVersion(torch.__version__) >= "2.8"
+)  # whether a length that is compiled is a number or a symbol
 _UNROLLED = 4  # blocks at most in what is compiled or exported, where each is a piece of the program
 
 
@@ -141,6 +144,8 @@ def _blocks(rows: int, columns: int, most: int = _PRODUCTS) -> list[tuple[int, i
 def _is_number(n: int) -> bool:
     if not compiling():
         return True
+    if not _TELLS_NUMBERS:
+        return False
     from torch.fx.experimental.symbolic_shapes import has_static_value  # brings sympy with it
 
     return has_static_value(n)
@@ -212,8 +217,7 @@ def best_match(a: Tensor, b: Tensor, length: Tensor | None = None) -> tuple[Tens
     """
     columns, divisor = b.transpose(1, 2), None if length is None else length[:, None]
     found = [_largest(a[:, first:end] @ columns, divisor) for first, end in _blocks(a.shape[1], b.shape[1])]
-    along, index = zip(*found, strict=True)
-    return torch.cat(along, dim=1), torch.cat(index, dim=1)
+    return torch.cat([along for along, _ in found], dim=1), torch.cat([index for _, index in found], dim=1)
 
 
 def _largest(products: Tensor, divisor: Tensor | None) -> tuple[Tensor, Tensor]:

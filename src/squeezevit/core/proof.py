@@ -70,7 +70,7 @@ class _Trial:
 
 
 def has_rows(value: Any) -> bool:
-    return any(map(has_rows, value)) if isinstance(value, tuple | list) else isinstance(value, Tensor) and value.dim() > 0
+    return any(map(has_rows, value)) if isinstance(value, (tuple, list)) else isinstance(value, Tensor) and value.dim() > 0
 
 
 def prove(

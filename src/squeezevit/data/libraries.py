@@ -136,4 +136,4 @@ def _options(options: Mapping[str, Any]) -> str:
 _BUILDERS: dict[str, Callable[[str, bool, dict[str, Any]], Found]] = {
     "hf": _hugging_face, "torchvision": _torchvision, "open_clip": _open_clip
 }  # fmt: skip
-_PACKAGES = {"hf": "squeezevit[transformers]", "torchvision": "torchvision", "open_clip": "squeezevit[open_clip]"}
+_PACKAGES = {"hf": "squeezevit[transformers]", "torchvision": "torchvision", "open_clip": "squeezevit[open-clip]"}

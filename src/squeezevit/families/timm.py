@@ -171,7 +171,7 @@ def _(block: Any) -> int:
 def _(block: Any) -> tuple[nn.Module, ...]:
     names = ("q_proj", "k_proj") if getattr(block.attn, "qkv", None) is None else ("qkv",)
     found = [m for name in names if isinstance(m := getattr(block.attn, name, None), nn.Module)]
-    norm = None if isinstance(block, ResPostBlock | EvaBlockPostNorm | ResPostRelPosBlock) else getattr(block, "norm1", None)
+    norm = None if isinstance(block, (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)) else getattr(block, "norm1", None)
     before = (norm,) if isinstance(norm, nn.Module) else ()
     return (*before, *found) if len(found) == len(names) else ()
 

@@ -188,7 +188,7 @@ class Without:
     """
 
     def __init__(self, module: nn.Module, **instead: Any) -> None:
-        self.__dict__.update(module=module, instead=instead)
+        self.module, self.instead = module, instead
 
     def __getattr__(self, name: str) -> Any:
         instead = self.__dict__["instead"]
