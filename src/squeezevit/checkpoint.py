@@ -16,6 +16,7 @@ from squeezevit import sums
 from squeezevit.core.attach import reduce_, reduce_as_needed_
 from squeezevit.core.cut import convert, load_families, require_model
 from squeezevit.core.reducer import Reducer
+from squeezevit.core.running import unwrapped
 from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError
 from squeezevit.reducers.catalog import from_dict
 
@@ -52,7 +53,7 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
     name = name if isinstance(source, Mapping) else fspath(source)
     entries = _named(source, name) if isinstance(source, Mapping) else read_checkpoint(source)
     load_families()
-    whole, model = model, cast(Model, _inside(model))
+    whole, model = model, cast(Model, unwrapped(model))
     if any(p.is_meta for p in model.parameters()):
         raise CheckpointError(
             f"this {type(model).__name__} is on the meta device, which holds no numbers; build it on a device first"
@@ -67,16 +68,6 @@ def load_checkpoint_(model: Model, source: str | PathLike[str] | Mapping[str, An
     _require_fit(model, entries, name)
     _load_whole(model, entries, name)
     return whole
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DataParallel and DistributedDataParallel, whose names are the checkpoint's."""
-    while True:
-        kind = type(model).__name__
-        name = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}.get(kind)
-        if name is None:
-            return model
-        model = cast(nn.Module, getattr(model, name))
 
 
 def _load_whole(model: nn.Module, entries: Mapping[str, Tensor], name: str) -> None:

@@ -20,6 +20,14 @@ OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of a model of transform
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NEEDED = ("torch.nn.utils", "torch.distributed", "accelerate")  # whose hooks make weights, or bring them
 _COLLECTING = ("transformers.utils.output_capturing",)
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel, whose names a checkpoint has."""
+    while (name := _WRAPPERS.get(type(model).__name__)) is not None:
+        model = getattr(model, name)
+    return model
 
 
 @contextmanager

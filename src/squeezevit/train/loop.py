@@ -47,11 +47,11 @@ except ImportError as missing:
 from squeezevit import bundle, reducers
 from squeezevit.checkpoint import load_checkpoint_, save_checkpoint
 from squeezevit.core.attach import restore_, retune_
-from squeezevit.core.running import evaluation_mode
+from squeezevit.core.running import evaluation_mode, unwrapped
 from squeezevit.data.folder import data_config, eval_transform, given_classes, half_the_cores, natural_order, reading
 from squeezevit.train import build, checkpoints, data, log, sharding
 from squeezevit.train.config import AugmentConfig, Config, differences, to_dict, to_yaml
-from squeezevit.train.objective import Objective, unwrapped
+from squeezevit.train.objective import Objective
 from squeezevit.train.warm import warm_heads_
 
 FREE = ("out", "device", "data.workers", "save_every", "tensorboard")  # what a resumed run may change

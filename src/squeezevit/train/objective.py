@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from squeezevit.core.attach import state_of
 from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import Staged
-from squeezevit.core.running import evaluation_mode
+from squeezevit.core.running import evaluation_mode, unwrapped
 from squeezevit.core.trace import Trace
 from squeezevit.errors import ConfigError
 from squeezevit.train import losses
@@ -97,9 +97,3 @@ class Objective:
         if t.stages[-1].n_out == t.stages[0].n and decisions:  # masked: all are there
             return t.tokens, decisions[-1]
         return t.scatter_back(t.tokens), t.survivors
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile."""
-    inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-    return model if inner is None or "squeezevit_state" in vars(model) else unwrapped(inner)

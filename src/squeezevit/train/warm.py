@@ -12,12 +12,11 @@ from squeezevit.core.attach import reduce_as_needed_, restore_
 from squeezevit.core.block import state_of
 from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import Staged
-from squeezevit.core.running import share_weights, without_hooks
+from squeezevit.core.running import share_weights, unwrapped, without_hooks
 from squeezevit.core.trace import Trace
 from squeezevit.errors import ConfigError
 from squeezevit.reducers import Squeeze
 from squeezevit.reducers.tps import Ranking
-from squeezevit.train.objective import unwrapped
 
 
 @dataclass(frozen=True)
