@@ -110,8 +110,8 @@ def main() -> None:
             for draft in (False, True):
                 times = alternate(cases(engine, files, root, args.workers, draft), args.rounds)
                 seconds = {case: {"min": times.best(case), "median": times.median(case)} for case in times.seconds}
-                row = {"case": f"{name}{', draft' if draft else ''}", "model": model, "macs": share, "draft": draft}
-                row |= {} if MODELS[name] else {"model": f"{WAIT} s a batch", "macs": None}
+                row = {"case": f"{name}{', draft' if draft else ''}", "model": model, "macs_share": share, "draft": draft}
+                row |= {} if MODELS[name] else {"model": f"{WAIT} s a batch", "macs_share": None}
                 row |= {"seconds": seconds, "hidden": hidden(times), "together to in turn": times.ratio("together", "in turn")}
                 told = ", ".join(f"{case} {s['min']:.2f} ({s['median']:.2f})" for case, s in seconds.items())
                 sheet.add(row, f"{row['case']}: {told}; hidden {row['hidden']:.2f}, to in turn {row['together to in turn']:.2f}")

@@ -109,7 +109,7 @@ def main() -> None:
             columns[f"{name}, {share:.0%}"] = tokens, saliency
         pairs = zip(saliency.flatten(1), wanted[1].flatten(1), strict=True)
         row = {
-            "method": name, "share": share, "macs": sv.macs(reduced) / dense, "reducer": repr(chosen[name, share]),
+            "method": name, "share": share, "macs_share": sv.macs(reduced) / dense, "reducer": repr(chosen[name, share]),
             "cosine": F.cosine_similarity(tokens, wanted[0], dim=-1).mean().item(),
             "error": (saliency - wanted[1]).abs().mean().item(),
             "correlation": float(np.mean([torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs])),
