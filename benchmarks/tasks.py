@@ -234,7 +234,7 @@ def photographs() -> list[Tensor]:
 def _crops(photos: Sequence[np.ndarray]) -> list[Tensor]:
     out = []
     for photo in photos:
-        x = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
+        x = torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255
         side = min(x.shape[2:])
         for i in range(16):
             size = side - (i % 4) * side // 8

@@ -106,7 +106,8 @@ def test_bench_takes_budgets(tmp_path, capsys):
     assert run("bench", *SMALL, *options) == 0
     _, row = json.loads(out.read_text())["rows"]
     assert row["asked_share"] == 0.6 and abs(row["macs_share"] - 0.6) < 0.05 and row["keep"] is None
-    assert "two budgets; give one" in fails(capsys, "bench", *SMALL, "--keep", "0.5", "--macs", "0.5")
+    assert "several budgets; give one" in fails(capsys, "bench", *SMALL, "--keep", "0.5", "--macs", "0.5")
+    assert "leave --compile out" in fails(capsys, "bench", *SMALL, "--time", "0.5", "--compile", "default")
 
 
 def test_show_draws_a_png_in_the_photographs_proportions(photos, tmp_path):
@@ -728,7 +729,8 @@ def test_a_time_is_planned_for_the_batch_that_is_evaluated(photos, monkeypatch, 
     monkeypatch.setattr(latency, "profile", lambda meter, *_, **__: seen.append(meter.setting) or 1 / 0)
     options = [*TINY, "--data", photos, "--num-classes", 2, "--time", 0.7, "--batch-size", 3, "--precision", "bf16"]
     assert run("eval", *options) != 0
-    assert (seen[0].batch_size, seen[0].precision) == (3, "bf16")
+    assert run("bench", *SMALL, "--methods", "etps", "--time", 0.7, "--batch-size", 3, "--precision", "bf16") != 0
+    assert [(s.batch_size, s.precision) for s in seen] == [(3, "bf16")] * 2
 
 
 def test_options_that_would_change_nothing_are_refused(photos, capsys):

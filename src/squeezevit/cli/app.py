@@ -171,6 +171,7 @@ def bench(
     methods: options.MethodList = "identity,etps,dtps,evit,topk,tome",
     keep: options.KeepList = None,
     macs: options.MacsList = None,
+    latency: options.TimeList = None,
     at: options.At = None,
     batch_size: options.BatchSize = 16,
     image_size: options.ImageSize = None,
@@ -193,9 +194,13 @@ def bench(
     from squeezevit.budget.plan import plan as plan_for
 
     inputs.check_json(json_file)
-    if keep is not None and macs is not None:
-        raise ConfigError(f"--keep {keep} and --macs {macs} are two budgets; give one of them")
-    budget, text = ("keep", keep or "0.7,0.5") if macs is None else ("macs", macs)
+    given = {name: text for name, text in {"keep": keep, "macs": macs, "time": latency}.items() if text is not None}
+    if len(given) > 1:
+        both = " and ".join(f"--{name} {value}" for name, value in given.items())
+        raise ConfigError(f"{both} are several budgets; give one of them")
+    budget, text = next(iter(given.items()), ("keep", "0.7,0.5"))
+    if budget == "time" and compiled:
+        raise ConfigError(f"--time {text} is planned for the model as it is, not compiled; leave --compile out, or give --macs")
     rows_of, shares, stages = inputs.methods_named(methods), options.ratios(text, f"--{budget}"), options.blocks(at)
     wanted = inputs.Wanted(source, model, image_size=image_size)
     net, own = inputs.to_measure(wanted, device, threads, batch_size)
@@ -209,12 +214,18 @@ def bench(
                 reducers.append(like(net, row.name, share, stages, image_size))
             else:
                 own_at = stages if inputs.takes_stages(row.name) else None
-                reducers.append(plan_for(net, row.name, macs=share, at=own_at, image_size=image_size))
+                reducers.append(
+                    plan_for(
+                        net, row.name, **{"macs" if budget == "macs" else "latency": share}, at=own_at, image_size=image_size,
+                        batch_size=batch_size, precision=precision,
+                    )
+                )  # fmt: skip
         reducers += own
         speeds = measure(
             net, reducers, batch_size, image_size, rounds, precision, compiled=compiled, progress=partial(report, "rounds")
         )
-    key = "keep" if budget == "keep" else "asked_share"  # of the multiply-adds; what was found is `macs_share`
+    # of the multiply-adds or of the time; what was found is `macs_share`, or follows from `speedup`
+    key = {"keep": "keep", "macs": "asked_share", "time": "asked_time_share"}[budget]
     told = [{"method": row.name, "label": row.label, "keep": None, key: share} for row, share in asked]
     told += [{"method": "bundle", "label": str(reducer), "keep": None} for reducer in own]
     rows = [{**about, **asdict(speed)} for about, speed in zip(told, speeds, strict=True)]

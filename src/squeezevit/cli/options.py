@@ -180,6 +180,12 @@ MacsList = Annotated[
         "--macs", metavar="SHARE,...", help="Or budgets: shares of the unreduced model's multiply-adds, separated by commas."
     ),
 ]
+TimeList = Annotated[
+    str | None,
+    typer.Option(
+        "--time", metavar="SHARE,...", help="Or: shares of the unreduced model's time in such batches, separated by commas."
+    ),
+]
 _LIBRARIES = "Model: a name of timm's, hf:NAME, torchvision:NAME, open_clip:NAME/WEIGHTS, or dinov2-demo, which needs no hub."
 NamedModel = Annotated[str | None, field_option("model", "--model", help=_LIBRARIES, show_default="deit_small_patch16_224")]
 OneModel = Annotated[str | None, field_option("model", "--model", help=_LIBRARIES, show_default=False)]
