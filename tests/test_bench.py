@@ -137,3 +137,11 @@ def test_a_probe_is_fitted_on_some_features_and_judges_others():
     said = []
     found = extract(torch.nn.Flatten(), [torch.ones(2, 3), torch.zeros(1, 3)], lambda *step: said.append(step), "ones")
     assert found.shape == (3, 3) and said == [("ones", 1, 2), ("ones", 2, 2)]
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps", "xpu"])
+def test_every_accelerator_is_waited_for(device, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    alternate({"a": lambda: waited.append("ran")}, rounds=1, warmup=0, device=device)
+    assert waited == [torch.device(device), "ran", torch.device(device)]

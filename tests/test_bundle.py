@@ -504,3 +504,33 @@ def test_a_card_s_fields_are_all_written(tmp_path):
     written = json.loads((saved(tmp_path) / CARD).read_text())
     assert {*written} == {*Card.__dataclass_fields__}
     assert written["versions"]["torch"] == torch.__version__.split("+")[0] or written["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    "reducer", [sv.DTPS(keep=0.5, train="topk"), sv.TopK(keep=0.5, score="received"), sv.ETPS(keep=0.5, at=(1,))]
+)
+def test_training_goes_on_with_all_that_a_bundle_says(reducer, tmp_path):
+    from squeezevit.train.build import make_reducer
+    from squeezevit.train.config import load_config
+    from squeezevit.train.start import from_bundle
+
+    bundle = tmp_path / "b"
+    sv.save(sv.reduce_(timm_model(), reducer), bundle, options=SIZES, classes=list("edcba"))
+    found = load_config(None, from_bundle(bundle, {}))
+    assert make_reducer(found.reducer, timm_model()) == reducer
+    assert Path(found.data.classes).read_text() == "e\nd\nc\nb\na\n" and found.data.upright
+    assert "data.classes" not in from_bundle(bundle, {"model.new_head": True})
+
+
+def test_images_are_made_as_the_model_s_library_says(tmp_path):
+    from squeezevit.cli import inputs
+
+    how = Preprocessing(**HOW, upright=False)
+    make, upright = inputs._images_of(hugging(), how, "hf:x", 32, True)
+    picture = Image.fromarray(np.full((32, 32, 3), 255, np.uint8))
+    assert not upright and torch.equal(make(picture), torch.ones(3, 32, 32))
+    with pytest.raises(ConfigError, match="hf:x is for 32 x 32 pixels"):
+        inputs._images_of(hugging(), how, "hf:x", 64, True)
+    sv.save(sv.reduce_(hugging(), sv.ETPS(keep=0.5)), tmp_path / "b", preprocessing=HOW)
+    net, make, upright = inputs.with_weights(inputs.Wanted(tmp_path / "b"), "cpu")
+    assert upright and torch.equal(make(picture), torch.ones(3, 32, 32)) and "squeezevit_state" not in vars(net)

@@ -1,5 +1,6 @@
 """Methods on one's own model: ranks by an independent test, rows by the model's own outputs, the page by what it says."""
 
+import copy
 import json
 import re
 
@@ -135,3 +136,16 @@ def test_the_page_names_who_is_first_and_what_was_left_out(net, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "a model &lt;of mine&gt;" in page and "First in cosine, or not told from the first" in page
     assert all(one["reason"].split(";")[0][:40] in page for one in results["left_out"])
+
+
+def test_a_reducer_of_one_s_own_keeps_its_heads():
+    model = sv.reduce_(timm.create_model("test_vit", img_size=64, num_classes=3).eval(), sv.DTPS(keep=0.5))
+    torch.manual_seed(1)
+    for p in model.token_reducer.parameters():
+        torch.nn.init.normal_(p)
+    x, own = images(8), sv.DTPS(keep=0.5)
+    unreduced = sv.restore_(copy.deepcopy(model))
+    with torch.no_grad():
+        near = torch.nn.functional.cosine_similarity(model(x), unreduced(x), dim=1)
+    row = compare(model, [x], Asked(("topk",), **FAST), own=own)["rows"][0]
+    assert row["method"] == "own" and row["cosine"] == pytest.approx(near.mean().item(), abs=1e-6)

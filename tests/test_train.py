@@ -1046,3 +1046,36 @@ def test_the_command_trains_prints_and_explains(photos, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text(text)
     assert to_yaml(load_config(tmp_path / "mine.yaml")) == text and "0.99996" in text
     assert run("--recipe", "dtps-deit-smal") == 2 and "recipes are" in capsys.readouterr().err
+
+
+def test_a_model_that_diverged_is_neither_scored_nor_saved(photos, tmp_path):
+    """One huge step: the loss before it was finite, what it leaves is not."""
+    huge = ["epochs=1", "batch_size=32", "optimizer.name=sgd", "optimizer.lr=1e30", "schedule.warmup_epochs=0"]
+    with pytest.raises(TrainingError, match=r"outputs of 14 of 14 validation images are not finite; there is no checkpoint yet"):
+        train(config(photos, tmp_path / "run", *huge))
+    assert not (tmp_path / "run" / "best").exists() and not (tmp_path / "run" / "last").exists()
+
+
+def test_options_take_numbers_with_an_exponent():
+    c = load_config(None, {"out": "1e5"}, [*TINY, "optimizer.options={eps: 1e-8}"])
+    assert c.optimizer.options == {"eps": 1e-8}
+    build.make_optimizer(build.create_model(c.model, 2), c.optimizer)
+    assert "eps: 1.0e-08" in to_yaml(c) and "out: '1e5'" in to_yaml(c)
+
+
+def test_a_teacher_gets_images_as_it_wants_them(weights):
+    """The oracle: the teacher's own normalisation of the pixels that the student's came from."""
+    given = ["loss.logits=1", "teacher.name=vit_tiny_patch16_224", f"teacher.checkpoint={weights}"]
+    c = load_config(None, {}, [*TINY, *given])
+    c = replace(c, teacher=replace(c.teacher, options=c.model.options))
+    student = build.create_model(c.model, 2)
+    teacher = build.build_teacher(c, student, 2)
+    assert teacher.patch_embed.img_size == (32, 32)  # the student's, though nobody said so
+    assert build.pixels_between(student, teacher) is None
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    student.pretrained_cfg = {**student.pretrained_cfg, "mean": mean, "std": std}
+    mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(build.pixels_between(student, teacher)((pixels - mean) / std), (pixels - 0.5) / 0.5)
+    with pytest.raises(ConfigError, match=r"teacher.image_size=64, but the model is trained on 32"):
+        build.build_teacher(replace(c, teacher=replace(c.teacher, image_size=64)), student, 2)

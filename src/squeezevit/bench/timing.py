@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from squeezevit.core.running import wait_for
+
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -40,21 +42,16 @@ def alternate(
     progress: Callable[[int, int], None] | None = None,
 ) -> Timings[Name]:
     """Run every case once a round, forwards in even rounds and backwards in odd ones, after `warmup` rounds not counted."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
     seconds: dict[Name, list[float]] = {name: [] for name in cases}
     for round_ in range(-warmup, rounds):
         order = list(cases) if round_ % 2 == 0 else list(cases)[::-1]
         for name in order:
-            wait()
+            wait_for(device)
             start = time.perf_counter()
             cases[name]()
-            wait()
+            wait_for(device)
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - start)
         if progress is not None:
             progress(round_ + warmup + 1, rounds + warmup)
     return Timings(seconds)
-
-
-def _nothing() -> None:
-    return None

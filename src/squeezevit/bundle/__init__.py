@@ -31,7 +31,7 @@ from squeezevit.reducers import to_dict
 from squeezevit.reducers.catalog import from_dict
 
 FORMAT = 1
-CARD, WEIGHTS = "squeezevit.json", "model.safetensors"
+CARD, WEIGHTS, CLASSES = "squeezevit.json", "model.safetensors", "classes.txt"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _KINDS = {"host": dict, "reducer": dict | None, "grid": bool, "dtype": str, "engine": str, "exported": dict, "measured": dict}
 ENGINES = {"torch": WEIGHTS, "onnx": "model.onnx", "openvino": "model.xml", "program": "model.pt2", "aoti": "model.aoti.pt2"}
@@ -202,7 +202,7 @@ def describe_(folder: Path, card: Card) -> None:
     text = json.dumps({**asdict(card), "preprocessing": card.preprocessing.to_dict()}, indent=1, ensure_ascii=False)
     (folder / CARD).write_text(text + "\n", encoding="utf-8")
     if card.classes is not None:
-        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in card.classes), encoding="utf-8")
+        (folder / CLASSES).write_text("".join(f"{name}\n" for name in card.classes), encoding="utf-8")
 
 
 def bundle_in(folder: str | PathLike[str]) -> Path:

@@ -252,7 +252,7 @@ def train(
     Ctrl-C or SIGTERM writes a checkpoint and exits with 130 or 143; the same command with --resume goes on from there.
     A checkpoint of other classes: --set model.new_head=true. --from goes on from a bundle of one of timm's models.
     """
-    from squeezevit.train.config import load_config, to_yaml
+    from squeezevit.train.config import load_config, setting, to_yaml
 
     asked = {*values, *(s.partition("=")[0].strip() for s in settings or ())}
     if {"reducer.keep", "reducer.macs"} <= asked:
@@ -265,7 +265,8 @@ def train(
     if bundle is not None:
         from squeezevit.train.start import from_bundle
 
-        values = {**from_bundle(bundle, values), **{name: value for name, value in values.items() if value is not None}}
+        brought = from_bundle(bundle, {**values, **dict(map(setting, settings or ()))})
+        values = {**brought, **{name: value for name, value in values.items() if value is not None}}
     config = load_config(source, values, settings or ())
     if print_config:
         screen.verbatim(to_yaml(config))
@@ -489,7 +490,7 @@ def _free_name(file: Path, taken: set[Path]) -> Path:
 
 
 def _calibrated(
-    make: Callable[[], Any],
+    make: Callable[[], tuple[Any, Any, bool]],
     name: str,
     at: tuple[int, ...] | None,
     share: float,
@@ -498,21 +499,24 @@ def _calibrated(
     image_size: int | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Search, print, and return what there is to write. make: of the model, once the method is known to have stages."""
+    """Search, print, and return what there is to write.
+
+    make: of the model and what makes its images, once the method is known to have stages.
+    """
     import torch
 
     from squeezevit.budget.calibrate import calibrate
     from squeezevit.budget.plan import plan
     from squeezevit.core.reducer import Staged
-    from squeezevit.data.folder import eval_transform, sample_images
+    from squeezevit.data.folder import sample_images
 
     row = inputs.method_named(name)
     template = row.template()
     if not isinstance(template, Staged):
         raise ConfigError(f"{name} has no stages to search; choose another method")
-    net = make()
+    net, transform, upright = make()
     with screen.steps() as report:
-        tensors = sample_images(folder, count, inputs.counted(eval_transform(net, image_size), count, report))
+        tensors = sample_images(folder, count, inputs.counted(transform, count, report), upright)
         if at is not None:
             template = replace(template, at=at)
         if row.curve is not None:

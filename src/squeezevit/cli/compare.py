@@ -47,7 +47,6 @@ def compare(
     """
     import torch
 
-    from squeezevit import restore_
     from squeezevit.bench.machine import write_json
     from squeezevit.compare import Asked, largest, write_page
     from squeezevit.compare import compare as job
@@ -63,7 +62,7 @@ def compare(
     size = image_size if ready.card is None else ready.card.preprocessing.crop
     with screen.steps() as report:
         found = inputs.pictures(ready, data, image_size, images, classes, upright, report)
-        net = to_device(restore_(ready.net), device)
+        net = to_device(ready.net, device)
         batches = [batch.to(device) for batch in found.images.split(16)]
         own = ready.reducer if source is not None and ready.reducer.stages(10**6) else None
         results = job(net, batches, asked, found.labels, largest if found.answers else None, size, own, report)

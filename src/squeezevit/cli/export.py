@@ -144,7 +144,8 @@ def _calibration(folder: Path, most: int, how: Any, report: screen.Report) -> An
 
     from squeezevit.data.folder import sample_images
 
-    return tuple(sample_images(folder, most, inputs.counted(lambda image: torch.from_numpy(how(image)), most, report)))
+    transform = inputs.counted(lambda image: torch.from_numpy(how(image)), most, report)
+    return tuple(sample_images(folder, most, transform, how.upright))
 
 
 def _tell(out: Path, card: "Card") -> None:

@@ -218,13 +218,33 @@ def opened(source: Path, wanted: Wanted) -> "tuple[Any, Card]":
     return net, card
 
 
-def with_weights(wanted: Wanted, device: str) -> Any:
-    """An unreduced model with its weights, on its device."""
+def with_weights(wanted: Wanted, device: str) -> tuple[Any, Any, bool]:
+    """An unreduced model with its weights, on its device; what makes its images, and whether they are turned upright."""
     from squeezevit import restore_
     from squeezevit.data.models import to_device
 
-    net = ready(wanted).net if wanted.source is None else opened(wanted.source, wanted)[0]
-    return to_device(restore_(net), device)
+    if wanted.source is None:
+        found = ready(wanted)
+        net, how, name = found.net, found.preprocessing, found.name
+    else:
+        net, card = opened(wanted.source, wanted)
+        how, name = card.preprocessing, str(wanted.source)
+    net = to_device(restore_(net), device)
+    return net, *_images_of(net, how, name, wanted.image_size, True)
+
+
+def _images_of(net: Any, how: "Preprocessing | None", name: str, image_size: int | None, upright: bool) -> tuple[Any, bool]:
+    """What makes images of photographs as a model wants them, and whether photographs are turned upright before.
+
+    Raises ConfigError for a size that is not the model's.
+    """
+    from squeezevit.data.folder import eval_transform
+
+    if how is None:
+        return eval_transform(net, image_size), upright
+    if image_size is not None and (image_size, image_size) != how.crop:
+        raise ConfigError(f"--image-size {image_size}: {name} is for {how.crop[0]} x {how.crop[1]} pixels; leave it out")
+    return partial(_tensor, how), upright and how.upright
 
 
 def batches(
@@ -241,10 +261,8 @@ def batches(
     own = None if card is None else card.classes
     if own is not None and classes is not None:
         raise ConfigError(f"--classes {classes}: the bundle brings its classes; leave --classes out")
-    if card is None and image_size is not None and (image_size, image_size) != how.crop:
-        raise ConfigError(f"--image-size {image_size}: {ready.name} is for {how.crop[0]} x {how.crop[1]} pixels; leave it out")
-    names = own or classes
-    images = folder.ImageFolder(data, partial(_tensor, how), "val", names, upright and how.upright)
+    transform, turned = _images_of(ready.net, how, ready.name, image_size, upright)
+    images = folder.ImageFolder(data, transform, "val", own or classes, turned)
     images.check_classes(ready.net)
     images.warn()
     return folder.Batches(images, batch_size, workers)
@@ -274,10 +292,9 @@ def pictures(
     from squeezevit.data import folder
     from squeezevit.data.classifier import classes_in
 
-    card, how = ready.card, ready.preprocessing
-    transform = partial(_tensor, how) if how is not None else folder.eval_transform(ready.net, image_size)
-    outputs = classes_in(ready.net)
-    found, labelled = _listed(data, transform, (card.classes if card is not None else None) or classes, upright, outputs)
+    card, outputs = ready.card, classes_in(ready.net)
+    transform, turned = _images_of(ready.net, ready.preprocessing, ready.name, image_size, upright)
+    found, labelled = _listed(data, transform, (card.classes if card is not None else None) or classes, turned, outputs)
     chosen = folder.evenly(len(found), most)
     kept, labels, unreadable = [], [], []
     for done, index in enumerate(chosen, start=1):

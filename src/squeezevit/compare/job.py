@@ -83,6 +83,7 @@ def compare(
     share: 1 and the number of methods told to be better (`ranks`). Raises ConfigError where all are out of reach, and
     UnsupportedError where the model puts out something else than a row an image.
     """
+    heads = model._modules.get("token_reducer")  # of the model's own reducer, which ranks as they learned to
     restore_(model.eval())
     points = [Point("identity", method("identity").label, 1.0, Identity())]
     if own is not None:
@@ -100,6 +101,8 @@ def compare(
     dense = _outputs(model, batches, str(points[0].label), progress)
     judged = [_Judged.of(dense, dense, labels, answer)]
     for point in points[1:]:
+        if heads is not None and point.share is None:
+            model.token_reducer = heads
         found = _outputs(reduce_as_needed_(model, point.reducer), batches, f"{point.label} at {point.share or 'its own'}", progress)
         restore_(model)
         judged.append(_Judged.of(found, dense, labels, answer))

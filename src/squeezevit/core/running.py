@@ -30,6 +30,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def wait_for(device: torch.device | str) -> None:
+    """Return once an accelerator has done all that it was given; a CPU has."""
+    device = torch.device(device)
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode and give every submodule its own mode back afterwards."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from squeezevit.core.running import autocast, evaluation_mode
+from squeezevit.core.running import autocast, evaluation_mode, wait_for
 from squeezevit.data.folder import WORKERS_REMEDY, Batches, UnreadableImage, reading
 from squeezevit.errors import ConfigError, DataError
 
@@ -135,12 +135,11 @@ def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
 
 
 def _timed_forward(model: nn.Module, images: Tensor, precision: str) -> tuple[Tensor, float]:
-    synchronize = getattr(torch, images.device.type).synchronize
-    synchronize()
+    wait_for(images.device)
     start = time.perf_counter()
     with autocast(images.device, precision):
         out = model(images)
-    synchronize()
+    wait_for(images.device)
     return getattr(out, "logits", out), time.perf_counter() - start
 
 

@@ -485,10 +485,10 @@ def evenly(n: int, most: int) -> list[int]:
     return [i * n // count for i in range(count)]
 
 
-def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor]) -> list[Tensor]:
+def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor], upright: bool = True) -> list[Tensor]:
     """At most so many images of a folder, spread evenly over its sorted files at any depth, unreadable ones left out.
 
-    Raises DataError where fewer than two are readable.
+    upright: as for `read_image`. Raises DataError where fewer than two are readable.
     """
     unread: Counter[str] = Counter()
     files = list(images_in(Path(root), unread))
@@ -496,7 +496,7 @@ def sample_images(root: str | Path, most: int, transform: Callable[[Any], Tensor
     for index in evenly(len(files), most):
         path = files[index]
         try:
-            out.append(transform(read_image(path)))
+            out.append(transform(read_image(path, upright)))
         except DataError as error:
             logger.warning("%s is left out: %s", path, error)
     if len(out) < 2:

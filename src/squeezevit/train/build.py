@@ -1,9 +1,11 @@
 """What a configuration means: model, reducer, teacher, optimiser and schedule."""
 
 import copy
-import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -17,6 +19,7 @@ from squeezevit.core.attach import restore_
 from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import Reducer
 from squeezevit.data import models
+from squeezevit.data.folder import data_config
 from squeezevit.errors import ConfigError
 from squeezevit.reducers.catalog import method
 from squeezevit.train.config import Config, ModelConfig, OptimizerConfig, ReducerConfig
@@ -41,13 +44,28 @@ def build_teacher(config: Config, student: nn.Module, classes: int) -> nn.Module
         _require_trained_head(config.model, student, classes)
         teacher = restore_(copy.deepcopy(student))
     else:
-        teacher = create_model(config.teacher, classes)
-        weights = _weights(config.teacher, teacher)
+        size, own = data_config(student, config.model.image_size)["input_size"][-1], config.teacher.image_size
+        if own not in (None, size):
+            raise ConfigError(f"teacher.image_size={own}, but the model is trained on {size} pixels a side; leave it out")
+        named = replace(config.teacher, image_size=size)
+        teacher = create_model(named, classes)
+        weights = _weights(named, teacher)
         if weights is not None:
             load_checkpoint_(
                 teacher, {k: v for k, v in weights.items() if not k.startswith(_HEADS)}, str(config.teacher.checkpoint)
             )
     return teacher.eval().requires_grad_(False)
+
+
+def pixels_between(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What makes the teacher's images of the student's, where the two are normalised by other means and deviations."""
+    (mean, std), (wanted_mean, wanted_std) = (
+        [torch.tensor(found[name])[:, None, None] for name in ("mean", "std")] for found in map(data_config, (student, teacher))
+    )
+    if torch.equal(mean, wanted_mean) and torch.equal(std, wanted_std):
+        return None
+    scale, shift = std / wanted_std, (mean - wanted_mean) / wanted_std
+    return lambda images: images * scale.to(images) + shift.to(images)
 
 
 def create_model(config: ModelConfig, classes: int) -> nn.Module:
@@ -74,7 +92,7 @@ def make_reducer(config: ReducerConfig, model: nn.Module) -> Reducer:
         raise ConfigError(f"reducer.options says {', '.join(sorted(both))}, which reducer.macs is to find; leave one of them out")
     reducer = row.template() if config.macs is not None else like(model, config.method, config.keep, config.at)
     try:
-        reducer = dataclasses.replace(reducer, **values)
+        reducer = replace(reducer, **values)
         return reducer if config.macs is None else plan(model, reducer, macs=config.macs, at=config.at, curve=row.curve)
     except TypeError as error:
         known = ", ".join(vars(reducer)) or "none"

@@ -3,8 +3,10 @@
 import difflib
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,6 +19,7 @@ from squeezevit.train.objective import LossWeights
 LARGEST = 2**63  # whole numbers stay below it
 SHORT = 60  # characters of a value that an error quotes
 _DEEPEST, _MOST = 16, 10_000  # levels and values of a recipe
+_POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _IN_EPOCHS = ("schedule.warmup_epochs", "reducer.anneal_epochs")
 logger = logging.getLogger(__name__)
 
@@ -215,7 +218,7 @@ def load_config(source: str | Path | None = None, values: Mapping[str, Any] | No
     0.0001
     """
     tree = {} if source is None else _read(source)
-    asked = [(name, value) for name, value in (values or {}).items() if value is not None] + [_setting(text) for text in settings]
+    asked = [(name, value) for name, value in (values or {}).items() if value is not None] + [setting(text) for text in settings]
     for name, value in [*_shortened(tree, dict(asked)), *asked]:
         _assign(tree, name, value)
     return cast(Config, _section(Config, tree, ""))
@@ -233,7 +236,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load_config` reads."""
-    return str(_yaml().safe_dump(to_dict(config), sort_keys=False))
+    yaml, (_, dumper) = _yaml()
+    return str(yaml.dump(to_dict(config), Dumper=dumper, sort_keys=False))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -248,12 +252,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     return out
 
 
-def _yaml() -> Any:
+@cache
+def _yaml() -> tuple[Any, tuple[Any, Any]]:
+    """PyYAML, and its safe loader and dumper, to which 1e-8 is a number, as it is not in YAML 1.1."""
     try:
         import yaml
     except ImportError as error:
         raise MissingExtraError('configurations need PyYAML: run `pip install "squeezevit[train]"`') from error
-    return yaml
+    loader, dumper = (cast(Any, type(kind.__name__, (kind,), {})) for kind in (yaml.SafeLoader, yaml.SafeDumper))
+    for kind in (loader, dumper):
+        kind.add_implicit_resolver("tag:yaml.org,2002:float", _POWER, list("-+0123456789."))
+    return yaml, (loader, dumper)
 
 
 def _shipped() -> Any:
@@ -278,7 +287,8 @@ def _read(source: str | Path) -> dict[str, Any]:
     return tree
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
+    """The dotted name and the value of `--set NAME=VALUE`."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {quoted(text)} has no value; write it as optimizer.lr=1e-4")
@@ -287,9 +297,9 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def _parse(text: str, what: str) -> Any:
     """Plain values from YAML. Raises ConfigError where it is none, or where it would grow without end."""
-    yaml = _yaml()
+    yaml, (loader, _) = _yaml()
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, loader)
     except RecursionError as error:
         raise ConfigError(f"{what} is nested too deep; {_DEEPEST} levels are enough for any configuration") from error
     except Exception as error:  # PyYAML lets numbers, dates and tags that it cannot convert escape as whatever they caused

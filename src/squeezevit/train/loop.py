@@ -146,7 +146,8 @@ class _Run:
         self.best = -1.0
         self.sums: dict[str, float] = {}  # over the updates of this epoch, by column of log.csv
         self.seconds = 0.0
-        self.unreadable: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}  # of all processes up to the last epoch, and of this one since
+        self.gathered = 0  # how many of them all processes know
         self.stopped: int | None = None
         self.board = log.Board(None, 0)
         self.lock: IO[str] | None = None
@@ -164,7 +165,8 @@ class _Run:
         self._set_transforms(net)
         self.card = self._card(net) if accelerator.is_main_process else None
         self.teacher = build.build_teacher(config, net, self.classes)
-        self.objective = Objective(self._criterion(), config.loss, self.teacher)
+        adapt = None if self.teacher is None else build.pixels_between(net, self.teacher)
+        self.objective = Objective(self._criterion(), config.loss, self.teacher, adapt)
         net.to(accelerator.device).train()
         if self.teacher is not None:
             self.teacher.to(accelerator.device)
@@ -379,6 +381,7 @@ class _Run:
             load_checkpoint_(self.ema.module, last / "ema.safetensors")
         self.epoch, self.update, self.best, self.rows = state["epoch"], state["update"], state["best"], state["rows"]
         self.sums, self.seconds, self.unreadable = state["sums"], state["seconds"], state["unreadable"]
+        self.gathered = len(self.unreadable)
 
     def _data_facts(self) -> dict[str, Any]:
         train, val = self.train_images.source, self.val_images.source
@@ -422,8 +425,8 @@ class _Run:
             if self.config.save_every and self.update % self.config.save_every == 0 and self.update < self.updates:
                 self._save("last")
 
-    def _step(self, parts: list[data.Part]) -> tuple[dict[str, float], float, bool]:
-        """One update: means over all processes, unreadable images of a process so far, whether a signal came."""
+    def _step(self, parts: list[data.Part]) -> tuple[dict[str, float], int, bool]:
+        """One update: means over all processes, unreadable images of all of them so far, whether a signal came."""
         accelerator, config = self.accelerator, self.config
         self._retune()
         data.seed_everything(config.seed, self.done, self.split.rank)
@@ -438,18 +441,23 @@ class _Run:
             kept = {f"kept_{j + 1}": share for j, share in enumerate(losses.kept)}
             for name, value in {"loss": losses.total.detach(), **losses.parts, **kept}.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(parts)
-        own = [torch.tensor(float(v), device=accelerator.device) for v in (len(self.unreadable), self.signals.received is not None)]
+        new = len(self.unreadable) - self.gathered
+        own = [torch.tensor(float(v), device=accelerator.device) for v in (new, self.signals.received is not None)]
         means = accelerator.reduce(torch.stack([*(v.float() for v in sums.values()), *own]), "mean").tolist()
         values = dict(zip(sums, means, strict=False))
         self._require_finite(values)
         if config.optimizer.clip is not None:
-            accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
+            if self.sharded:  # accelerate's own looks for a model that it prepared
+                accelerator.unscale_gradients()
+                nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
+            else:
+                accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
         self._update()
         self.optimizer.zero_grad()
         self.schedule.step_update(self.done + 1)
         if self.ema is not None:
             self.ema.update(self.net, self.done + 1)
-        return values, means[-2], means[-1] > 0
+        return values, self.gathered + round(means[-2] * accelerator.num_processes), means[-1] > 0
 
     def _update(self) -> None:
         try:
@@ -476,18 +484,25 @@ class _Run:
     def _require_finite(self, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            last = checkpoints.find_folder(self.out / "last")
             raise TrainingError(
-                f"{', '.join(bad)} became {values[bad[0]]} at update {self.update + 1} of epoch {self.epoch + 1}; "
-                f"{f'the checkpoint before, {last}, is good' if last else 'there is no checkpoint yet'}. Try a smaller "
-                f"optimizer.lr (now {self.config.optimizer.lr:g}), optimizer.clip=1, a longer schedule.warmup_epochs, or "
-                "precision=bf16 or fp32 instead of fp16"
+                f"{', '.join(bad)} became {values[bad[0]]} at update {self.update + 1} of epoch {self.epoch + 1}; {self._remedy()}"
             )
+
+    def _remedy(self) -> str:
+        """What to do where numbers are not finite."""
+        last = checkpoints.find_folder(self.out / "last")
+        return (
+            f"{f'the checkpoint before, {last}, is good' if last else 'there is no checkpoint yet'}. Try a smaller "
+            f"optimizer.lr (now {self.config.optimizer.lr:g}), optimizer.clip=1, a longer schedule.warmup_epochs, or "
+            "precision=bf16 or fp32 instead of fp16"
+        )
 
     def _validate(self) -> dict[str, float]:
         """Accuracies of the reduced model, of the same weights unreduced, and of their moving average, reduced."""
         self._retune(final=True)
         scores = self._score(self.net)
+        if wrong := scores.pop("nonfinite"):
+            raise TrainingError(f"outputs of {wrong} of {scores['val_images']} validation images are not finite; {self._remedy()}")
         if self.config.reducer.method == "identity":
             dense = scores
         else:
@@ -502,23 +517,29 @@ class _Run:
 
     @torch.no_grad()
     def _score(self, model: nn.Module) -> dict[str, float]:
-        """Top-1 and top-5 of all readable images, each counted once, and their number."""
+        """Top-1 and top-5 of all readable images, each counted once, their number, and how many of them have outputs not finite.
+
+        Those count as wrong.
+        """
         device = self.accelerator.device
         top = {k: MulticlassAccuracy(self.classes, top_k=min(k, self.classes), average="micro").to(device) for k in (1, 5)}
-        images = 0
+        images, nonfinite = 0, 0
         with evaluation_mode(model), self.accelerator.autocast():
             for batch in data.val_batches(self.val_images, self.size, self.split):
                 self.unreadable.update(batch.failed)
                 logits, there = model(batch.images.to(device)).float(), (batch.labels >= 0).to(device)
+                logits, labels = logits[there], batch.labels.to(device)[there]
+                lost = ~logits.isfinite().all(dim=1)
+                logits[lost] = 1 - nn.functional.one_hot(labels[lost], self.classes).float()
                 if there.any():
                     for accuracy in top.values():
-                        accuracy.update(logits[there], batch.labels.to(device)[there])
-                images += int(there.sum())
+                        accuracy.update(logits, labels)
+                images, nonfinite = images + int(there.sum()), nonfinite + int(lost.sum())
                 self._stop_if_signalled()
-        total = int(self.accelerator.reduce(torch.tensor(images, device=device), "sum"))
+        total, wrong = self.accelerator.reduce(torch.tensor([images, nonfinite], device=device), "sum").tolist()
         if not total:
             raise DataError(f"none of the {len(self.val_images.source)} validation images is readable: replace them")
-        return {"top1": float(top[1].compute()), "top5": float(top[5].compute()), "val_images": total}
+        return {"top1": float(top[1].compute()), "top5": float(top[5].compute()), "val_images": total, "nonfinite": wrong}
 
     def _stop_if_signalled(self) -> None:
         flag = torch.tensor(float(self.signals.received is not None), device=self.accelerator.device)
@@ -526,7 +547,7 @@ class _Run:
             raise _Stop
 
     def _finish_epoch(self, scores: dict[str, float]) -> None:
-        self.unreadable = dict(gather_object(list(self.unreadable.items())))
+        self._gather_unreadable()
         means = {name: total / self.updates for name, total in self.sums.items()}
         speed = self.updates * self.config.batch_size / self.seconds
         row = {
@@ -544,6 +565,10 @@ class _Run:
         self._on_main(self._write_logs)
         self._check_unreadable(len(self.unreadable))
 
+    def _gather_unreadable(self) -> None:
+        self.unreadable = dict(gather_object(list(self.unreadable.items())))
+        self.gathered = len(self.unreadable)
+
     def _write_logs(self) -> None:
         try:
             log.write_log(self.out, self.rows)
@@ -556,23 +581,30 @@ class _Run:
         rates = {"lr_heads" if g["score_heads"] else "lr": g["lr"] for g in self.optimizer.param_groups}  # the last layer's
         return dict(sorted(rates.items()))
 
-    def _check_unreadable(self, failures: float) -> None:
+    def _check_unreadable(self, failures: int) -> None:
         total = len(self.train_images.source) + len(self.val_images.source)
         if failures > self.config.data.max_unreadable * total:
             path, reason = next(iter(self.unreadable.items()), ("in another process", "see there"))
             self._save("last")
             raise DataError(
-                f"{failures:g} of {total} images cannot be read so far, more than data.max_unreadable="
+                f"{failures} of {total} images cannot be read so far, more than data.max_unreadable="
                 f"{self.config.data.max_unreadable:g}; the first: {path} ({reason}). Replace or remove them, or allow more"
             )
 
     def _save(self, name: str) -> None:
         """Write model, average, and, for "last", all that a resumed run needs. All processes take part, as shards are gathered."""
         self._retune(final=True)
+        self._gather_unreadable()
         main = self.accelerator.is_main_process
         weights = {file: sharding.whole(model.state_dict(), main) for file, model in self.saved.items()}
         optimizer = sharding.whole(self.optimizer.state_dict(), main) if name == "last" else None
-        self._on_main(lambda: checkpoints.write_folder(self.out / name, lambda folder: self._fill(folder, weights, optimizer)))
+        self._on_main(lambda: self._write(name, weights, optimizer))
+
+    def _write(self, name: str, weights: dict[str, dict[str, Tensor]], optimizer: dict[str, Any] | None) -> None:
+        for of_model in weights.values():
+            if bad := next((key for key, value in of_model.items() if not value.isfinite().all()), None):
+                raise TrainingError(f"{bad} is not finite after update {self.update} of epoch {self.epoch + 1}; {self._remedy()}")
+        checkpoints.write_folder(self.out / name, lambda folder: self._fill(folder, weights, optimizer))
 
     def _card(self, net: nn.Module) -> bundle.Card | None:
         """What makes a checkpoint a bundle; None, with a warning, where the model's constructor cannot be written down."""

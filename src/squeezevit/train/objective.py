@@ -36,14 +36,19 @@ class Losses(NamedTuple):
 class Objective:
     """Weighted sum of the losses of one forward; the same for every reducer, so that a comparison is fair.
 
-    criterion: of logits and targets. teacher: an unreduced model of timm's kind, or None for no distillation. Tokens are compared
-    where the reduced model still has a token of that very patch. Raises ConfigError where student and teacher do not fit.
+    criterion: of logits and targets. teacher: an unreduced model of timm's kind, or None for no distillation; adapt: what makes the
+    teacher's images of the student's, None where both want the same. Tokens are compared where the reduced model still has a token
+    of that very patch. Raises ConfigError where student and teacher do not fit.
     """
 
     def __init__(
-        self, criterion: Callable[[Tensor, Tensor], Tensor], weights: LossWeights | None = None, teacher: nn.Module | None = None
+        self,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        weights: LossWeights | None = None,
+        teacher: nn.Module | None = None,
+        adapt: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.criterion, self.weights = criterion, weights or LossWeights()
+        self.criterion, self.weights, self.adapt = criterion, weights or LossWeights(), adapt
         self.teacher: Any = teacher  # with timm's forward_features and forward_head
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> Losses:
@@ -74,7 +79,7 @@ class Objective:
         assert t.tokens is not None
         already = not any(m.training for m in self.teacher.modules())
         with nullcontext() if already else evaluation_mode(self.teacher):
-            features = self.teacher.forward_features(images)
+            features = self.teacher.forward_features(images if self.adapt is None else self.adapt(images))
             teacher_logits = self.teacher.forward_head(features)
         teacher_tokens = features[:, description_of(self.teacher).prefix :]
         if teacher_logits.shape != logits.shape:
@@ -85,6 +90,12 @@ class Objective:
             raise ConfigError(
                 f"the teacher's tokens have {teacher_tokens.shape[-1]} channels, the model's {t.tokens.shape[-1]}; choose a "
                 "teacher of the same width, or a token weight of 0"
+            )
+        patches = t.stages[0].n if t.stages else t.tokens.shape[1]
+        if self.weights.tokens and teacher_tokens.shape[1] != patches:
+            raise ConfigError(
+                f"the teacher has {teacher_tokens.shape[1]} patches, the model {patches}; choose a teacher of the same patch size, "
+                "or a token weight of 0"
             )
         return teacher_logits, teacher_tokens
 
