@@ -534,3 +534,26 @@ def test_images_are_made_as_the_model_s_library_says(tmp_path):
     sv.save(sv.reduce_(hugging(), sv.ETPS(keep=0.5)), tmp_path / "b", preprocessing=HOW)
     net, make, upright = inputs.with_weights(inputs.Wanted(tmp_path / "b"), "cpu")
     assert upright and torch.equal(make(picture), torch.ones(3, 32, 32)) and "squeezevit_state" not in vars(net)
+
+
+def test_saving_draws_from_no_generator_of_another_device(tmp_path, monkeypatch):
+    model = sv.reduce_(timm.create_model("test_vit").eval(), sv.Random(keep=0.5))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds the generators of every device"))
+    before = torch.get_rng_state()
+    sv.save(model, tmp_path / "b")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_place_that_cannot_be_taken_is_refused_before_any_work(tmp_path, monkeypatch):
+    model = sv.reduce_(timm_model(), sv.ETPS(keep=0.5))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match=r"is the folder that you are in, in whose place no .* can be put; name a folder in it"):
+        sv.save(model, ".", options=SIZES)
+    with pytest.raises(ConfigError, match="/proc is a mounted file system"):
+        sv.save(model, "/proc", options=SIZES)
+    sv.save(model, tmp_path / "real", options=SIZES)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    sv.save(model, tmp_path / "link", options=SIZES, classes=list("abcde"))
+    assert (tmp_path / "link").is_symlink() and read_card(tmp_path / "real").classes == tuple("abcde")
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "real", "link"}

@@ -26,7 +26,7 @@ from squeezevit import embed as here
 from squeezevit.embed.reading import Patience, ahead
 from squeezevit.errors import ConfigError, DataError, MissingExtraError, RunError
 from squeezevit.scale import Cluster, embed, predict, stores
-from squeezevit.scale.reading import items
+from squeezevit.scale.reading import content_of, items
 from squeezevit.scale.search import about, features, nearest, questioner
 from squeezevit.scale.sources import Part, Source, cut, found
 from squeezevit.scale.table import Table, manifest
@@ -527,3 +527,76 @@ def test_search_is_exact_and_its_page_shows_the_pictures(suffix, bundle, photogr
     done = CliRunner().invoke(app.app, list(map(str, given)), catch_exceptions=False)
     assert done.exit_code == 0 and "007.png" in done.output
     assert page.read_text().count("data:image/jpeg") == 5 and page.read_text().count("<strong>") == 4
+
+
+def test_relative_addresses_are_of_the_folder_where_the_run_began(bundle, photographs, tmp_path, monkeypatch):
+    """Ray's workers begin in folders of their own."""
+    (tmp_path / "pq/img").mkdir(parents=True)
+    (tmp_path / "pq/img/1.png").write_bytes(png(1))
+    parquet.write_table(pa.table({"where": ["img/1.png"]}), tmp_path / "pq/x.parquet")
+    tar_of(tmp_path / "t.tar", range(2))
+    monkeypatch.chdir(tmp_path)
+    begun_with = [cut(*found([address], None, None), "listing", 5) for address in ("pq/*.parquet", "t.tar")]
+    table = begun(Path("out"), photographs)
+    names = [item.name for source, parts in begun_with for part in parts for item in items(part, source)]
+    table.close()
+    monkeypatch.chdir("/")
+    rows = [row for source, parts in begun_with for row in decoded(source, parts, bundle)]
+    assert seeds(rows, bundle) == [1, 0, 1] and [name for name, _ in rows] == names
+    shown = [content_of(name, source)[0] for name, (source, _) in zip(names[:1], begun_with, strict=False)]
+    assert shown == [str(tmp_path / "pq/img/1.png")]
+    assert len([item for part in table.parts for item in items(part, table.source)]) == COUNT
+
+
+def test_a_list_of_the_run_that_is_not_seen_ends_it(photographs, tmp_path):
+    source, parts = listed([str(photographs)], tmp_path)
+    (tmp_path / "listing/00000.parquet").unlink()
+    with pytest.raises(RunError, match=r"the run's own list, cannot be read here .* every machine"):
+        list(items(parts[0], source))
+
+
+def test_folders_patterns_and_lists_say_what_they_take(photographs, tmp_path):
+    for name in ("a.png", ".hid.png", "._a.png", "sub/b.png", "sub/.c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    assert found([f"{tmp_path}/*.png"], None, None)[1] == [f"{tmp_path}/a.png"]
+    assert found([f"{tmp_path}/**/*.png"], None, None)[1] == [f"{tmp_path}/a.png", f"{tmp_path}/sub/b.png"]
+    if sys.version_info < (3, 13):
+        with pytest.raises(DataError, match=r"is no pattern .*; write \*\* alone between slashes"):
+            found([f"{tmp_path}/**.png"], None, None)
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfb/1.png\n")
+    assert found([str(tmp_path / "list.txt")], None, None)[1] == ["b/1.png"]
+    tar_of(tmp_path / "t.tar", range(2))
+    with pytest.raises(DataError, match=r"holds 2 images, as .*a.png, and 1 shards, as .*t.tar; give one kind"):
+        found([str(tmp_path)], None, None)
+
+
+def test_a_shard_without_features_hides_no_other(tmp_path):
+    from squeezevit.scale.search import Hit
+
+    rows = {"file": ["x", "y"], "status": ["failed", "ok"], "features": [None, [1.0, 0.0]]}
+    kinds = pa.schema([("file", pa.string()), ("status", pa.string()), ("features", pa.list_(pa.float32()))])
+    with parquet.ParquetWriter(tmp_path / "f.parquet", kinds) as out:
+        for i in range(2):
+            out.write_table(pa.table({k: v[i : i + 1] for k, v in rows.items()}, schema=kinds))
+    from squeezevit.scale import search
+
+    found_there = list(search._blocks(str(tmp_path / "f.parquet")))
+    assert [names for names, _ in found_there] == [["y"]] and found_there[0][1].shape == (1, 2)
+    assert nearest(str(tmp_path / "f.parquet"), np.array([[1.0, 0.0]], np.float32), 1) == [[Hit("y", 1.0)]]
+    parquet.write_table(pa.table({"file": ["x"], "class": ["a"]}), tmp_path / "p.parquet")
+    with pytest.raises(DataError, match="holds no features; give a table that `squeezevit embed` wrote"):
+        about(str(tmp_path / "p.parquet"))
+
+
+def test_a_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
+    import fcntl
+
+    from squeezevit.embed.tables import locked
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (tmp_path / "x").open("wb") as file:
+        assert locked(file)

@@ -7,7 +7,8 @@ the model is built, its reducer, preprocessing, classes, versions and what was m
 import copy
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -263,16 +264,25 @@ def _card(values: dict[str, Any], file: Path) -> Card:
 def _prove(model: nn.Module, card: Card) -> None:
     """Raise ConfigError where the card does not give this very model."""
     remedy = hosts.REMEDIES[card.host["library"]]
-    with torch.random.fork_rng(devices=[]):  # nobody's later numbers depend on whether a model was saved
+    with _same_draws(model):
         told, found = _both(model, card, remedy)
     if told.shape == found.shape and not torch.equal(told, found):
         # weights that lie in memory as their file did are summed in another order: a copy lies as those that are loaded
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with _same_draws(model), torch.no_grad():
             told = _run(copy.deepcopy(model).eval(), images(model, 1, card.preprocessing.crop))
     if told.shape != found.shape or not torch.equal(told, found):
         raise ConfigError(f"what is known of this {type(model).__name__} builds another model, whose numbers differ; {remedy}")
     if card.classes is not None and len(card.classes) != told.shape[-1]:
         raise ConfigError(f"classes gives {len(card.classes)} names, and the model has {told.shape[-1]} outputs; give one for each")
+
+
+@contextmanager
+def _same_draws(model: nn.Module) -> Iterator[None]:
+    """Nobody's later random numbers depend on whether a model was saved, on the CPU and on the model's device."""
+    device = next(model.parameters()).device
+    others = [] if device.type in ("cpu", "meta") else [device]
+    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
+        yield
 
 
 def _both(model: nn.Module, card: Card, remedy: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,7 +308,11 @@ def _both(model: nn.Module, card: Card, remedy: str) -> tuple[torch.Tensor, torc
 
 def _run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The first tensor that a model, or the part of it that takes images, puts out."""
-    torch.manual_seed(0)  # Random's own
+    torch.default_generator.manual_seed(0)  # Random's own; torch.manual_seed would seed every device, used or not
+    if x.device.type not in ("cpu", "meta"):
+        kind = torch.get_device_module(x.device)
+        with kind.device(x.device) if hasattr(kind, "device") else nullcontext():
+            kind.manual_seed(0)
     out = forward(model, x, "fp32")()
     while not isinstance(out, torch.Tensor):
         out = next(v for v in (out.values() if isinstance(out, dict) else out) if v is not None)

@@ -1,5 +1,6 @@
 """A folder that appears whole or not at all, and takes the place of an older one of its kind alone."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None], mark: str, what: str
     mark: the file by which an older one of its kind is known, which is replaced; what: the kind, for messages. Raises ConfigError
     where it cannot be written, or where anything else is in its place.
     """
+    folder = folder.resolve()  # of a link, what it stands for is replaced
     require_free(folder, mark, what)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +35,10 @@ def write_whole(folder: Path, fill: Callable[[Path], None], mark: str, what: str
 
 
 def require_free(folder: Path, mark: str, what: str) -> None:
-    """Raises ConfigError where something else than an older folder of the kind is in its place."""
+    """Raises ConfigError where something else than an older folder of the kind is in its place, or its place cannot be taken."""
+    if folder.is_dir() and (os.path.ismount(folder) or folder.resolve() == Path.cwd()):
+        where = "a mounted file system" if os.path.ismount(folder) else "the folder that you are in"
+        raise ConfigError(f"{folder} is {where}, in whose place no {what} can be put; name a folder in it, as {folder / 'new'}")
     if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there and is no {what}; choose another folder, or take that one away first")
 

@@ -1,5 +1,6 @@
 """`squeezevit search`: the photographs of a table that are nearest to one."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,18 +42,30 @@ def search(table: TableName, image: Asked, bundle: Bundle = None, top_k: Count =
         screen.table([(f, n, s) for n, f, s in rows], ("photograph",), ("rank", "cosine"), f"nearest to {asked}")
     answers = [(asked, [(hit.file, hit.similarity) for hit in found]) for asked, found in zip(image, hits, strict=True)]
     about = f"{table}: model {engine.id[:12]} by {engine.name}; the numbers are cosines of features."
-    write_neighbours(f"The nearest of {table}", about, answers, partial(_look, told), out)
+    write_neighbours(f"The nearest of {table}", about, answers, _asked, partial(_look, told), out)
     screen.say(f"Page: {out}")
 
 
 def _look(told: dict[str, Any], name: str) -> "Image.Image | str":
     """A photograph by the name that it has in the table."""
-    from squeezevit.data.folder import decoding, image_or_reason
     from squeezevit.scale.reading import content_of
     from squeezevit.scale.sources import Source
 
+    return _shown(lambda: content_of(name, Source(**told["source"]) if "source" in told else Source("files")))
+
+
+def _asked(address: str) -> "Image.Image | str":
+    """A photograph that is asked about, read as its features were: from here."""
+    from squeezevit.scale import stores
+
+    return _shown(lambda: (address, stores.read(address) if "://" in address else None))
+
+
+def _shown(read: Callable[[], tuple[str, bytes | None]]) -> "Image.Image | str":
+    from squeezevit.data.folder import decoding, image_or_reason
+
     try:
-        path, content = content_of(name, Source(**told["source"]) if "source" in told else Source("files"))
+        path, content = read()
     except (OSError, SqueezeViTError) as error:
         return f"cannot be shown: {error}"
     with decoding():

@@ -62,6 +62,12 @@ def told(model: str, how: Preprocessing, draft: bool) -> Row:
     return {"model": model, "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
+def card_sum(card: Card) -> str:
+    """A sum of what a bundle says of its model, as its classes, beside what was measured of it and by which versions."""
+    values = {k: v for k, v in asdict(card).items() if k not in ("measured", "versions")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Done:
     """What a run did: counts of files, the first rows and the first that failed; speed of this part of the run, reading included.
@@ -199,13 +205,8 @@ class _Run:
 
     def about(self, command: str, more: Row) -> Row:
         """What must be the same for a run to go on."""
-        own = {"engine": self.engine.name, "batch size": self.batch_size, "card": self.card()}
+        own = {"engine": self.engine.name, "batch size": self.batch_size, "card": card_sum(self.engine.card)}
         return {"command": command, **self.told(), **own, **more}
-
-    def card(self) -> str:
-        """A sum of what the bundle says of the model, as its classes, beside what was measured of it and by which versions."""
-        values = {k: v for k, v in asdict(self.engine.card).items() if k not in ("measured", "versions")}
-        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def __call__(
         self, what: str, files: list[str], journal: Journal, turn: Callable[[np.ndarray], tuple[list[Row], np.ndarray | None]]

@@ -1,5 +1,6 @@
 """Tables of classes and of features, and the journal beside one that is still being written, from which a run goes on."""
 
+import errno
 import importlib
 import json
 import shutil
@@ -12,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from squeezevit.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from squeezevit.errors import CheckpointError, ConfigError, DataError, MissingExtraError, SqueezeViTError
 
 Row = dict[str, Any]  # file, status and reason; "top": [[class, probability], ...] of a file whose status is OK
 Features = Iterator[np.ndarray]  # one [C] for each row that is OK
@@ -156,7 +157,7 @@ def _whole(file: IO[bytes], content: bytes) -> None:
 
 
 def locked(file: IO[bytes]) -> bool:
-    """Lock a file until it is closed; False where another process holds it. Windows has no such lock."""
+    """Lock a file until it is closed; False where another process holds it. Windows and some file systems have no such lock."""
     try:
         import fcntl
     except ImportError:
@@ -165,6 +166,9 @@ def locked(file: IO[bytes]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # file systems without locks
+            raise
     return True
 
 
@@ -298,6 +302,8 @@ def read_about(out: Path) -> tuple[Row, set[str]]:
         if out.suffix == ".parquet":
             table = _parquet().ParquetFile(out)
             about = json.loads((table.schema_arrow.metadata or {}).get(_ABOUT.encode(), b"{}"))
+            if "features" not in table.schema_arrow.names:
+                raise DataError(f"{out} holds no features; give a table that `squeezevit embed` wrote")
             names = {name for group in table.iter_batches(GROUP, columns=["file"]) for name in group.column(0).to_pylist()}
         else:
             about = json.loads(_about_of(out).read_text(encoding="utf-8"))
@@ -306,7 +312,7 @@ def read_about(out: Path) -> tuple[Row, set[str]]:
                 raise ValueError(f"{len(listed)} names for another number of rows")
             names = {*listed, *(row["file"] for row in about.pop("unreadable"))}
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        if isinstance(error, MissingExtraError):
+        if isinstance(error, SqueezeViTError):
             raise
         raise DataError(f"{out} cannot be added to ({error}); put its files back, or leave --append out") from error
     if "model" not in about:

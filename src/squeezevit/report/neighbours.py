@@ -19,14 +19,17 @@ _STYLE = (
 
 
 def write_neighbours(
-    title: str, about: str, answers: Sequence[tuple[str, Sequence[tuple[str, float]]]], look: Look, path: Path
+    title: str, about: str, answers: Sequence[tuple[str, Sequence[tuple[str, float]]]], show: Look, look: Look, path: Path
 ) -> None:
-    """Write one self-contained page: for each photograph asked about, its neighbours (name, cosine) with their pictures."""
+    """Write one self-contained page: for each photograph asked about, its neighbours (name, cosine) with their pictures.
+
+    show: gets the picture of what is asked about, look: that of a neighbour.
+    """
     body = [f'<header><p class="over">SqueezeViT search</p><h1>{escape(title)}</h1><p>{escape(about)}</p></header>']
     for asked, hits in answers:
         cards = "".join(_card(name, look, f"<strong>{similarity:.3f}</strong> ") for name, similarity in hits)
         body.append(
-            f'<section class=wide><h2>Nearest to this photograph</h2><div class="asked">{_card(asked, look, "")}</div>'
+            f'<section class=wide><h2>Nearest to this photograph</h2><div class="asked">{_card(asked, show, "")}</div>'
             f'<div class="near">{cards}</div></section>'
         )
     path.write_text(document(title, "".join(body), _STYLE), encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from squeezevit.embed.engines import choose
-from squeezevit.embed.job import SHOWN, Settings, told
+from squeezevit.embed.job import SHOWN, Settings, card_sum, told
 from squeezevit.embed.reading import at_least, usable_cores
 from squeezevit.embed.tables import Row
 from squeezevit.errors import ConfigError, DataError, MissingExtraError, RunError, SqueezeViTError
@@ -125,7 +125,7 @@ class _Run:
             self.top = min(self.top, len(card.classes))
         self.path, self.how = path, self.settings.preprocessing(card)
         self.batch = self.settings.batch_size or card.exported.get("batch") or 16
-        self.id = identity(card.engine, path)
+        self.id, self.card = identity(card.engine, path), card_sum(card)
         self.table = Table(self.out, self._about(), self._begin)
         try:
             self.shards = self.table.done()
@@ -150,7 +150,7 @@ class _Run:
         """What must be the same for a run to go on; also what a reader must know, and where to find the model again."""
         return {
             "command": self.command, "sources": list(self.sources), **told(self.id, self.how, self.settings.draft),
-            "engine": self.engine, "bundle": str(Path(self.bundle).absolute()), "batch size": self.batch,
+            "engine": self.engine, "card": self.card, "bundle": str(Path(self.bundle).absolute()), "batch size": self.batch,
             "shard": self.cluster.shard, "column": self.cluster.column, "names": self.cluster.names,
         } | ({} if self.top is None else {"top-k": self.top})  # fmt: skip
 

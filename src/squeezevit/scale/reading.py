@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from squeezevit.data.folder import is_image, printable
-from squeezevit.errors import DataError
+from squeezevit.errors import DataError, RunError
 from squeezevit.scale import stores
 from squeezevit.scale.sources import Part, Source
 
@@ -41,36 +41,41 @@ def items(part: Part, source: Source) -> Iterator[Item]:
             reason = printable(" ".join(str(error).split()) or type(error).__name__)
         if again < tries - 1:
             time.sleep(PAUSE * 2**again)
+    if source.kind == "files":
+        raise RunError(
+            f"{part.file}, the run's own list, cannot be read here ({reason}); give --out as an address that every machine of the "
+            "cluster reaches, and run the same command again"
+        )
     told = f"after {count} photographs" if count else "from its beginning"
     yield Item(part.file, bytes, reason=f"this shard cannot be read {told} ({reason})")
 
 
 def _of_listing(part: Part, source: Source) -> Iterator[Item]:
-    for (name,) in _rows(part, ["file"]):
+    for (name,) in _rows(part, source, ["file"]):
         yield _at(os.fsdecode(name), source.base)
 
 
 def _of_parquet(part: Part, source: Source) -> Iterator[Item]:
     assert source.column is not None
     columns = [source.column] + ([source.names] if source.names else [])
-    folder = part.file.rpartition("/")[0] or "/"
-    for i, (value, *given) in enumerate(_rows(part, columns)):
+    folder = part.file.rpartition("/")[0] or ("/" if part.file.startswith("/") else ".")
+    for i, (value, *given) in enumerate(_rows(part, source, columns)):
         name = given[0] if given else None
         where = f"{part.file}#{part.group}.{i}" if name is None else str(name)
         if isinstance(value, dict):  # as the datasets of Hugging Face have them
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
-            at = _at(value, folder)
-            yield at if name is None else at._replace(name=where, content=at.content)
+            at = _at(stores.within(folder, value), source.base)
+            yield at if name is None else at._replace(name=where)
         elif value is None:
             yield Item(where, bytes, reason="nothing in this row")
         else:
             yield Item(where, partial(bytes, value))
 
 
-def _rows(part: Part, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+def _rows(part: Part, source: Source, columns: list[str]) -> Iterator[tuple[Any, ...]]:
     parquet = stores.arrow("pyarrow.parquet")
-    system, path = stores.opened(part.file)
+    system, path = stores.opened(stores.within(source.base, part.file))
     with system.open_input_file(path) as file:
         table = parquet.ParquetFile(file, page_checksum_verification=True)
         groups = range(table.metadata.num_row_groups) if part.group is None else [part.group]
@@ -103,7 +108,7 @@ def _fetched(address: str) -> bytes:
 
 
 def _of_tar(part: Part, source: Source) -> Iterator[Item]:
-    system, path = stores.opened(part.file)
+    system, path = stores.opened(stores.within(source.base, part.file))
     with system.open_input_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
         for member in archive:
             if member.isfile() and is_image(member.name.rpartition("/")[2]):

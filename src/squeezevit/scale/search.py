@@ -113,6 +113,8 @@ def _blocks(table: str) -> Iterator[tuple[list[str], np.ndarray]]:
     compute = stores.arrow("pyarrow.compute")
     for shard in shards:
         good = shard.filter(compute.equal(shard.column("status"), OK))
+        if not len(good):
+            continue
         column = good.column("features").combine_chunks()
         yield good.column("file").to_pylist(), column.flatten().to_numpy(zero_copy_only=False).reshape(len(good), -1)
 

@@ -16,7 +16,7 @@ from squeezevit.errors import ConfigError, DataError
 from squeezevit.scale import stores
 
 LISTING = 1000  # parts of a file of the listing
-_WILD = "*?["
+_WILD, _DEEP = "*?[", "photographs/**/*.jpg"
 logger = logging.getLogger(__name__)
 
 
@@ -80,20 +80,21 @@ def _files(address: str) -> list[str]:
     unread: Counter[str] = Counter()
     try:
         if address.endswith(".txt"):
-            lines = stores.read(address).decode("utf-8").splitlines()
+            lines = stores.read(address).decode("utf-8-sig").splitlines()
             inside = [line for line in lines if line.strip()]
-        elif any(c in address for c in _WILD) and not stores.exists(address):
+        elif any(c in address for c in _WILD) and ("://" in address or not stores.exists(address)):
             inside = _matching(address)
         elif "://" not in address and Path(address).is_dir():
-            inside = list(images_in(Path(address), unread)) or _shards(stores.inside(address))
+            inside = _of_one_kind(address, list(images_in(Path(address), unread)), _walked(address))
         elif stores.is_folder(address):
             everything = stores.inside(address)
-            inside = [file for file, _ in everything if is_image(file.rpartition("/")[2], unread)] or _shards(everything)
+            images = [file for file, _ in everything if is_image(file.rpartition("/")[2], unread)]
+            inside = _of_one_kind(address, images, everything)
         elif stores.exists(address):
             inside = [address]
         else:
             raise DataError(f"{printable(address)} does not exist; give photographs, folders, patterns, or shards of them")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, NotImplementedError) as error:
         raise DataError(f"{printable(address)} cannot be listed ({error}); make it readable, or give something else") from error
     text = unread_warning(address, unread)
     if not inside:
@@ -108,8 +109,34 @@ def _matching(pattern: str) -> list[str]:
     folder, slash, _ = plain.rpartition("/")
     if "://" not in pattern:
         below = pattern[len(folder + slash) :]
-        return sorted(str(file) for file in Path(folder + slash).glob(below) if file.is_file())
+        try:
+            matching = list(Path(folder + slash).glob(below))
+        except ValueError as error:
+            raise DataError(f"{printable(pattern)} is no pattern ({error}); write ** alone between slashes, as {_DEEP}") from error
+        return sorted(str(file) for file in matching if file.is_file() and not _hidden(file.relative_to(folder + slash).parts))
     return [file for file, _ in stores.inside(folder) if fnmatch(file, pattern)]
+
+
+def _hidden(parts: Sequence[str]) -> bool:
+    return any(part.startswith(".") for part in parts)
+
+
+def _walked(folder: str) -> Iterator[tuple[str, int]]:
+    """Files of a folder of this machine but hidden ones; also those whose names are no text, which pyarrow cannot list."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not _hidden([name]))
+        yield from ((str(Path(root, name)), 0) for name in sorted(names) if not _hidden([name]))
+
+
+def _of_one_kind(address: str, images: list[str], everything: Iterable[tuple[str, int]]) -> list[str]:
+    """The images of a folder, or its shards."""
+    shards = _shards(everything)
+    if images and shards:
+        raise DataError(
+            f"{printable(address)} holds {len(images)} images, as {printable(images[0])}, and {len(shards)} shards, as "
+            f"{printable(shards[0])}; give one kind, by a pattern"
+        )
+    return images or shards
 
 
 def _shards(files: Iterable[tuple[str, int]]) -> list[str]:

@@ -26,7 +26,7 @@ def opened(address: str) -> tuple[Any, str]:
     Addresses without a scheme are of this machine. Keys and end points of stores are those of the environment.
     """
     if "://" not in address:
-        return arrow("pyarrow.fs").LocalFileSystem(), str(Path(address).absolute())
+        return arrow("pyarrow.fs").LocalFileSystem(), Path(address).absolute().as_posix()
     scheme, _, rest = address.partition("://")
     if scheme == "file":
         return arrow("pyarrow.fs").LocalFileSystem(), rest
@@ -90,6 +90,13 @@ def inside(folder: str, recursive: bool = True) -> list[tuple[str, int]]:
 def beneath(folder: str, name: str) -> str:
     """The address of a file in a folder."""
     return f"{folder.rstrip('/')}/{name}" if folder.rstrip("/") else f"/{name}"
+
+
+def within(base: str, address: str) -> str:
+    """An address that may be a path from `base`, which is a folder of this machine or of a store."""
+    if "://" in address or not base:
+        return address
+    return beneath(base, address) if "://" in base else Path(base, address).as_posix()
 
 
 def make(folder: str) -> None:

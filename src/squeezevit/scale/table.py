@@ -31,7 +31,8 @@ class Table:
     """
 
     def __init__(self, out: str, run: Row, begin: Callable[[str], tuple[Source, list[Part]]]) -> None:
-        self.out, self.inner = out.rstrip("/"), stores.beneath(out, "_run")
+        whole = stores.within(str(Path.cwd()), out).rstrip("/")  # Ray's workers begin in other folders than this process
+        self.out, self.inner = out.rstrip("/"), stores.beneath(whole, "_run")
         try:
             stores.make(self.inner)
             self._lock = _lock_of(self.inner)
