@@ -1196,6 +1196,9 @@ def sharded() -> None:
     for wrap, (name, which), method in product((wrap_ddp, wrap_fsdp2), SHARDED.items(), ("etps-mass", "dtps")):
         compare_sharded(wrap, which, method, rank)
         sys.stdout.write(f"{rank} {wrap.__name__} {name} {method}\n")
+    with pytest.raises(UnsupportedError, match="is sharded already; reduce the model first, and call fully_shard after it"):
+        reduce(wrap_fsdp2(vit()[0][0]), METHODS["etps"])
+    sys.stdout.write(f"{rank} refused\n")
     torch.distributed.destroy_process_group()
 
 
@@ -1203,7 +1206,7 @@ def test_ddp_and_fsdp2_on_two_processes():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     run = subprocess.run(command, capture_output=True, text=True, timeout=400)
     # each comparison says so when it held; how gloo's threads end afterwards is not asked about
-    assert run.stdout.count("wrap_") == 2 * 2 * 2 * 2, run.stderr
+    assert run.stdout.count("wrap_") == 2 * 2 * 2 * 2 and run.stdout.count("refused") == 2, run.stderr
 
 
 if __name__ == "__main__":

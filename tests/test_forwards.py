@@ -440,3 +440,110 @@ def test_heads_made_in_inference_mode_can_be_trained():
     with torch.inference_mode():
         model = sv.reduce_(zoo.build("plain"), sv.DTPS(keep=0.6))
     assert not any(p.is_inference() for p in model.token_reducer.parameters())
+
+
+def test_a_copy_of_what_was_compiled_is_a_copy():
+    """A compiled call is of the original's weights."""
+    model = zoo.reduce(zoo.build("plain"), sv.ETPS(keep=0.5))
+    x = zoo.images(1)
+    expected = zoo.run(model, x)
+    model.compile(backend="eager")
+    zoo.run(model, x)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    torch.testing.assert_close(zoo.run(copied, x), expected)
+
+
+@pytest.mark.parametrize("compiled", ["by method", "in a wrapper"])
+@pytest.mark.parametrize("reducer", [sv.ETPS(keep=0.3, mass=True), sv.TopK(keep=0.5)], ids=["mass", "grid"])
+def test_an_averaging_model_averages_by_weight_whatever_is_compiled(compiled, reducer):
+    sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 56, "patch_size": 8}
+    torch.manual_seed(0)
+    model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**sizes, num_labels=5)).eval()
+    sv.reduce_(model, reducer, grid=isinstance(reducer, sv.TopK))
+    x = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        expected = model(x).logits
+        if compiled == "by method":
+            model.dinov2.compile(backend="eager")
+        else:
+            model.dinov2 = torch.compile(model.dinov2, backend="eager")
+        torch.testing.assert_close(model(x).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["max", "avgmax", "avg"])
+@pytest.mark.parametrize("family", ["plain", "naflex"])
+def test_masked_tokens_are_in_no_pooling(family, pooling):
+    """In masked training; the oracle pools those that the policy keeps."""
+    options = {"class_token": False, "global_pool": pooling, "fc_norm": False, "num_classes": 0}
+    if family == "naflex":
+        model = timm.models.naflexvit.NaFlexVit(embed_dim=48, depth=4, num_heads=3, patch_size=8, **options)
+    else:
+        model = timm.create_model("test_vit", img_size=64, **options)
+    sv.reduce_(model, sv.DTPS(keep=0.5)).train()
+    x = torch.randn(2, 3, 64, 64)
+    torch.manual_seed(0)
+    with torch.no_grad(), sv.trace(model) as t:
+        found = model(x)
+    (decision, tokens) = t.decisions[-1] > 0.5, t.tokens
+    for image in range(2):
+        kept = tokens[image][decision[image]]
+        expected = {"max": kept.amax(0), "avg": kept.mean(0)}
+        expected["avgmax"] = 0.5 * (expected["max"] + expected["avg"])
+        torch.testing.assert_close(found[image], expected[pooling], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["avg", "map"])
+def test_patches_that_hold_no_token_are_in_no_pooling(pooling):
+    options = {"class_token": False, "global_pool": pooling, "fc_norm": False, "img_size": 64}
+    model = sv.reduce_(timm.create_model("test_vit", **options).eval(), sv.TopK(keep=0.5, score="received"), grid=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(model.forward_head(model.forward_intermediates(x)[0]), expected)
+        with pytest.raises(UnsupportedError, match="have lost the weights"):
+            model.forward_head(model.forward_features(x).clone())
+
+
+def test_features_begin_a_forward_of_their_own():
+    """In one trace, a whole forward and then a part of one."""
+    model = sv.reduce_(timm.create_model("test_vit", img_size=64, depth=8).eval(), sv.ETPS(keep=0.5), grid=True)
+    x, y = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        alone = model.forward_intermediates(y, [3], stop_early=True)
+        with sv.trace(model) as t:
+            model(x)
+            found = model.forward_intermediates(y, [3], stop_early=True)
+        assert len(t.stages) == 1
+        torch.testing.assert_close((found[0], found[1][0]), (alone[0], alone[1][0]))
+        by_position = model.forward_intermediates(y, [3], False, False, True, "NLC")
+        torch.testing.assert_close(by_position[1][0], model.forward_intermediates(y, [3], stop_early=True, output_fmt="NLC")[1][0])
+
+
+def test_what_was_wrapped_since_is_left_as_it_is():
+    model = zoo.reduce(zoo.build("plain"), sv.ETPS(keep=0.5))
+    x = zoo.images(1)
+    expected = zoo.run(model, x)
+    nn.utils.parametrize.register_parametrization(model, "cls_token", nn.Identity())
+    for change in (sv.restore_, lambda m: sv.reduce_(m, sv.ToMe(r=4))):
+        with pytest.raises(UnsupportedError, match=r"became a Parametrized\w+ after sv.reduce_"):
+            change(model)
+    torch.testing.assert_close(zoo.run(model, x), expected)
+    nn.utils.parametrize.remove_parametrizations(model, "cls_token")
+    assert type(sv.restore_(model)) is type(zoo.build("plain"))
+
+
+def test_several_reduced_models_in_one_are_told_apart():
+    both = nn.ModuleList([zoo.reduce(zoo.build("plain"), sv.ETPS(keep=keep)) for keep in (0.5, 0.6)])
+    with pytest.raises(ConfigError, match="holds 2 models that are reduced; give the one that is meant"):
+        sv.trace(both)
+    assert state_of(both[1]).reducer == sv.ETPS(keep=0.6)
+
+
+def test_a_score_that_is_a_function_is_not_saved_as_text(tmp_path):
+    model = sv.reduce_(zoo.build("hf-vit"), sv.Squeeze(keep=0.5, score=lambda s: s.tokens[:, s.prefix :, 0]))
+    with pytest.raises(ConfigError, match=r"has a function as score, which config.json cannot hold"):
+        model.save_pretrained(tmp_path)
+    assert not hasattr(model.config, "squeezevit")

@@ -28,7 +28,7 @@ class _Subclass(nn.Module):
     squeezevit_mixins: tuple[type, ...]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (self.squeezevit_base, self.squeezevit_mixins), vars(self)
+        return _rebuild, (self.squeezevit_base, self.squeezevit_mixins), self.__getstate__()  # without what torch compiled of it
 
     def __prepare_scriptable__(self) -> Any:
         raise UnsupportedError(
@@ -95,6 +95,7 @@ def reduce_as_needed_(model: Model, reducer: Reducer) -> Model:
 
 
 def _put_into(model: Model, about: Description, reducer: Reducer, grid: bool) -> Model:
+    _require_own_classes(model)
     depth = len(about.blocks)
     stages = reducer.stages(depth)
     _refuse(model, about, reducer, stages, grid)
@@ -161,10 +162,13 @@ def retune_(model: nn.Module, reducer: Reducer) -> None:
 def restore_(model: Model) -> Model:
     """Take the reducer out of a model, in place, and return the model: the original, bit for bit. Harmless where none is in.
 
+    Raises UnsupportedError, the model as it was, where its class has been subclassed since.
+
     >>> restore_(torch.nn.Identity())
     Identity()
     """
     require_model(model)
+    _require_own_classes(model)
     for module in list(model.modules()):
         base = vars(type(module)).get("squeezevit_base")
         if base is not None:
@@ -175,6 +179,17 @@ def restore_(model: Model) -> Model:
         if _heads_in(module._modules.get("token_reducer")) is not None:
             del module.token_reducer
     return model
+
+
+def _require_own_classes(model: nn.Module) -> None:
+    """Raise UnsupportedError where somebody made a subclass of a reduced class, as fully_shard and parametrizations do."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if "squeezevit_base" not in vars(kind) and any("squeezevit_base" in vars(c) for c in kind.__mro__[1:]):
+            raise UnsupportedError(
+                f"{name or type(model).__name__} became a {kind.__qualname__} after sv.reduce_, by fully_shard or a "
+                "parametrization, so that its reducer cannot be taken out or changed; undo that first"
+            )
 
 
 def _require_kinds(model: object, reducer: object) -> None:

@@ -42,6 +42,7 @@ class State:
     grid: bool  # whether the model puts out the full grid again
     pooled: bool  # whether somebody asks for the tokens' weights after the last block
     owner: nn.Module | None = None  # the model that holds learned heads
+    discards: bool = False  # whether patches of the full grid were seen to hold no token: pooling then leaves them out
     forwards: Forwards = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,12 +100,18 @@ class State:
 
 
 def state_of(model: nn.Module) -> State:
-    """The state of a reduced model. Raises ConfigError where the model is not reduced."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    state = next((vars(m)["squeezevit_state"] for m in modules if "squeezevit_state" in vars(m)), None)
-    if state is None:
+    """The state of a reduced model. Raises ConfigError where the model is not reduced, or holds several that are."""
+    found: dict[int, State] = {}
+    for m in model.modules() if isinstance(model, nn.Module) else ():
+        if "squeezevit_state" in vars(m):
+            found[id(vars(m)["squeezevit_state"])] = state = vars(m)["squeezevit_state"]
+            if m is model:
+                return state
+    if not found:
         raise ConfigError(f"this {type(model).__name__} is not reduced; call sv.reduce_(model, sv.ETPS()) first")
-    return state
+    if len(found) > 1:
+        raise ConfigError(f"this {type(model).__name__} holds {len(found)} models that are reduced; give the one that is meant")
+    return next(iter(found.values()))
 
 
 class Mixin(_Library):

@@ -94,6 +94,8 @@ def prove(
             f"{name}, has a forward of its own set on the instance, which its stage would never see; remove it first, or put it "
             "into a forward hook"
         )
+    if any("DTensor" in (type(p).__name__, type(p.data).__name__) for p in block.parameters()):
+        raise UnsupportedError(f"{name}, is sharded already; reduce the model first, and call fully_shard after it")
     handlers = cut(base)
     with _explained(name), torch.no_grad():
         trial = _trial(block, index, name, handlers, prefix, dim)

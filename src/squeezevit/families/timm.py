@@ -3,6 +3,7 @@
 import importlib
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -272,6 +273,7 @@ class ReducedFeatures(Intermediates):
             if state.grid and state.stages:
                 x = on_grid(x, cast(Trace, t), self.squeezevit_state.depth)
                 weights = full_weights(cast(Trace, t), x.dtype)
+                state.discards = weights is not None
             x.squeezevit_weights = weights
             done = True
         finally:
@@ -287,10 +289,8 @@ class ReducedVisionTransformer(ReducedFeatures):
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Pooling in which a token counts as many times as it has patches; where all count the same, the library's own."""
-        state = self.squeezevit_state
-        follows = state.stages and state.reducer.follows(state.training(self))
-        if follows and not hasattr(x, "squeezevit_weights") and self._pools_patches(pool_type):
-            raise UnsupportedError(_lost(state))
+        if self._pools_patches(pool_type):
+            _require_weights(x, self.squeezevit_state, self)
         return self._pool(x, pool_type, getattr(x, "squeezevit_weights", None))
 
     def _pools_patches(self, pool_type: str | None) -> bool:
@@ -332,17 +332,19 @@ class ReducedRelative(ReducedFeatures):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         state = self.squeezevit_state
-        follows = state.stages and state.reducer.follows(state.training(cast(nn.Module, self)))
-        if follows and self.global_pool == "avg" and not hasattr(x, "squeezevit_weights"):
-            raise UnsupportedError(_lost(state))
+        if self.global_pool == "avg":
+            _require_weights(x, state, cast(nn.Module, self))
         return super().forward_head(weighted(x, getattr(x, "squeezevit_weights", None), state.prefix), pre_logits=pre_logits)
 
 
-def _lost(state: State) -> str:
-    return (
-        f"these features have lost the weights that {state.reducer} gave their tokens, which pooling needs; pool the very tensor "
-        "that forward_features returned"
-    )
+def _require_weights(x: Tensor, state: State, module: nn.Module) -> None:
+    """Raise UnsupportedError where patches are pooled by weights that the features have lost."""
+    weighed = state.stages and (state.reducer.follows(state.training(module)) or (state.grid and state.discards))
+    if weighed and not hasattr(x, "squeezevit_weights"):
+        raise UnsupportedError(
+            f"these features have lost the weights that {state.reducer} gave their tokens, which pooling needs; pool the very "
+            "tensor that forward_features returned"
+        )
 
 
 class ReducedNaFlexVit(ReducedFeatures):
@@ -365,12 +367,19 @@ class ReducedNaFlexVit(ReducedFeatures):
 
     def _pool(self, x: Tensor, pool_type: str | None = None, patch_valid: Any = None) -> Tensor:
         own, weights = super()._pool, getattr(x, "squeezevit_weights", None)
+        pool_type = self.global_pool if pool_type is None else pool_type
+        if self.attn_pool is not None or pool_type in ("avg", "avgmax", "max"):
+            _require_weights(x, self.squeezevit_state, cast(nn.Module, self))
         if weights is None:
             return own(x, pool_type, patch_valid)
         if self.attn_pool is not None:
             first = 0 if self.pool_include_prefix else self.num_prefix_tokens
             return self.attn_pool(x[:, first:], attn_mask=(weights[:, None, None, first:] + 1e-6).log().to(x.dtype))
-        return own(weighted(x, weights, self.num_prefix_tokens), pool_type, patch_valid)
+        mean = partial(own, weighted(x, weights, self.num_prefix_tokens), patch_valid=patch_valid)
+        largest = partial(own, x.masked_fill((weights < 0.5)[..., None], float("-inf")), "max", patch_valid)
+        if pool_type == "avgmax":
+            return 0.5 * (mean("avg") + largest())
+        return largest() if pool_type == "max" else mean(pool_type)
 
 
 @describe.register

@@ -1,5 +1,6 @@
 """What models do with their tokens after the blocks, shared by the families."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -76,18 +77,27 @@ def traced(module: nn.Module, state: State) -> Iterator[Trace | None]:
 class Intermediates(Mixin):
     """A model whose library has `forward_intermediates`, as timm and open_clip have it."""
 
-    def forward_intermediates(self, x: Tensor, indices: Any = None, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
+    def forward_intermediates(self, x: Tensor, indices: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The library's own; as images, or as many tokens as ever, where `reduce_` was asked for the full grid."""
         state, own = self.squeezevit_state, super().forward_intermediates
+        if args:  # by the library's names for them
+            kwargs = {**dict(zip(list(inspect.signature(own).parameters)[2:], args, strict=False)), **kwargs}
+        output_fmt = kwargs.pop("output_fmt", "NCHW")
         if not (state.grid and state.stages):
             if output_fmt != "NLC" and state.stages:
                 raise UnsupportedError(
                     f"forward_intermediates(output_fmt={output_fmt!r}) lays tokens out as a grid, which those left by "
                     f"{state.reducer} do not fill; reduce the model with grid=True, or give output_fmt='NLC'"
                 )
-            return own(x, indices, *args, output_fmt=output_fmt, **kwargs)
-        with traced(cast(nn.Module, self), state) as opened:
-            out = own(x, indices, *args, output_fmt="NLC", **kwargs)
+            return own(x, indices, output_fmt=output_fmt, **kwargs)
+        state.forwards.enter()
+        done = False
+        try:
+            with traced(cast(nn.Module, self), state) as opened:
+                out = own(x, indices, output_fmt="NLC", **kwargs)
+            done = True
+        finally:
+            state.forwards.exit(done)
         t, blocks = cast(Trace, opened), blocks_taken(state.depth, indices)
         shape = None if output_fmt == "NLC" else self._grid_shape(x)
 
@@ -104,8 +114,16 @@ class Intermediates(Mixin):
         raise NotImplementedError
 
     def _final(self, x: Tensor, t: Trace) -> Tensor:
-        """What left the last block, where that is tokens; pooled features are as they are."""
-        return on_grid(x, t, self.squeezevit_state.depth) if x.dim() == 3 else x
+        """What left the last block, where that is tokens, with their weights; pooled features are as they are."""
+        state = self.squeezevit_state
+        if x.dim() != 3:
+            return x
+        if state.trace is not None:
+            state.trace.tokens = x[:, state.prefix :]
+        x = on_grid(x, t, state.depth)
+        cast(Any, x).squeezevit_weights = full_weights(t, x.dtype)
+        state.discards = cast(Any, x).squeezevit_weights is not None
+        return x
 
 
 def blocks_taken(depth: int, indices: Any) -> list[int]:
@@ -216,12 +234,15 @@ class Averaging(Mixin):
     """A model that takes the plain mean of its tower's patch tokens."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.squeezevit_state.forward
-        run.averaging = True
+        forwards = self.squeezevit_state.forwards
+        runs = (forwards.current(), forwards.shared)  # the tower may be compiled where this model is not
+        for run in runs:
+            run.averaging = True
         try:
             return super().forward(*args, **kwargs)
         finally:
-            run.averaging = False
+            for run in runs:
+                run.averaging = False
 
 
 class WeightedPooling(Mixin):

@@ -35,7 +35,7 @@ from squeezevit.core.cut import (
 )
 from squeezevit.core.evidence import Attention, compute, is_plain, output, recorded
 from squeezevit.core.supported import ANY_COUNT, BACKBONES, TOWERS, refusal
-from squeezevit.errors import UnsupportedError
+from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.families.tokens import Averaging, PoolingMean, Tower, WeightedPooling, Without, own_methods
 from squeezevit.reducers import to_dict
 
@@ -321,7 +321,13 @@ class Saving(Mixin):
     """A model whose `save_pretrained` writes its reducer into config.json, for `squeezevit.from_pretrained`."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        self.config.squeezevit = to_dict(self.squeezevit_state.reducer)
+        told = to_dict(self.squeezevit_state.reducer)
+        if wrong := [name for name, value in told.items() if callable(value)]:
+            raise ConfigError(
+                f"{self.squeezevit_state.reducer} has a function as {', '.join(wrong)}, which config.json cannot hold; register a "
+                "method of your own for it, or sv.restore_ the model before it is saved"
+            )
+        self.config.squeezevit = told
         if self.squeezevit_state.grid:
             self.config.squeezevit_grid = True
         try:
