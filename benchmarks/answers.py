@@ -50,8 +50,8 @@ class Answers:
     def save(self) -> None:
         """The rows, and beside them all answers: logits of two classes, the class of more."""
         self.sheet.save()
-        halves = {name: logits.half().numpy() for name, logits in self.found.items()}
-        small = {name: x if self.task.classes == 2 else x.argmax(1).astype(np.uint8) for name, x in halves.items()}
+        few = self.task.classes == 2
+        small = {name: x.half().numpy() if few else x.argmax(1).numpy().astype(np.uint8) for name, x in self.found.items()}
         np.savez_compressed(self.stem.with_suffix(".npz"), test=self.test, labels=self.labels.numpy(), **small)
 
 

@@ -108,6 +108,12 @@ EXPERIMENTS = {
         "How far do today's preset, ToMe and dTPS with warmed heads come in 4 epochs?",
         dots("name", "accuracy", unit="accuracy, %"),
     ),
+    "finetune_half50": Experiment(
+        "Accuracy",
+        "Fine-tuned, 50 % in 4 epochs",
+        "The same at half: class-token, eTPS, and the rivals that merge in every block.",
+        dots("name", "accuracy", unit="accuracy, %"),
+    ),
     "chain": Experiment(
         "Elsewhere",
         "From training to int8",
