@@ -63,7 +63,7 @@ def main() -> None:
     readable = (row for row in map(method, untrained()) if row.make is not sv.EViT)  # its extra token is nobody's host
     methods = [row for row in readable if not getattr(row.template(), "class_token_only", False)]
     for share in args.shares:
-        found, reducers = {}, {}
+        found = {}
         for row in methods:
             try:
                 plan = make_plan(model, row.name, macs=share)
@@ -72,10 +72,10 @@ def main() -> None:
                 continue
             found[row.name] = scores(*maps(sv.reduce_(model, plan.reducer), head, batches), wanted)
             line = {"share": share, "method": row.name, "label": row.label, "macs_share": plan.macs_share}
+            line["reducer"] = repr(plan.reducer)
             for name, values in found[row.name].items():
                 line |= {name: values.mean(), f"{name}_se": standard_error(values)}
             sheet.rows.append(line)
-            reducers[row.name] = repr(plan.reducer)
             say(f"{share:.0%} {row.label}: " + ", ".join(f"{n} {v.mean():.4f}" for n, v in found[row.name].items()))
         for name in found[methods[0].name]:
             better = {m: -values[name] if name == "error" else values[name] for m, values in found.items()}
@@ -83,7 +83,7 @@ def main() -> None:
             for line in sheet.rows[-len(found) :]:
                 line[f"{name}_rank"] = places[line["method"]]
         for line in sheet.rows[-len(found) :]:
-            line["reducer"] = reducers[line["method"]]  # last, as tables have it
+            line["reducer"] = line.pop("reducer")  # last, as tables have it
         sheet.save()
 
 

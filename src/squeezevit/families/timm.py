@@ -3,7 +3,6 @@
 import importlib
 import sys
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -375,11 +374,11 @@ class ReducedNaFlexVit(ReducedFeatures):
         if self.attn_pool is not None:
             first = 0 if self.pool_include_prefix else self.num_prefix_tokens
             return self.attn_pool(x[:, first:], attn_mask=(weights[:, None, None, first:] + 1e-6).log().to(x.dtype))
-        mean = partial(own, weighted(x, weights, self.num_prefix_tokens), patch_valid=patch_valid)
-        largest = partial(own, x.masked_fill((weights < 0.5)[..., None], float("-inf")), "max", patch_valid)
         if pool_type == "avgmax":
-            return 0.5 * (mean("avg") + largest())
-        return largest() if pool_type == "max" else mean(pool_type)
+            return 0.5 * (self._pool(x, "max", patch_valid) + self._pool(x, "avg", patch_valid))
+        if pool_type == "max":
+            return own(x.masked_fill((weights < 0.5)[..., None], float("-inf")), "max", patch_valid)
+        return own(weighted(x, weights, self.num_prefix_tokens), pool_type, patch_valid)
 
 
 @describe.register
