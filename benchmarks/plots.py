@@ -145,13 +145,13 @@ def ladder() -> None:
             places, heights, 0.92 * width, color=colour, label="unreduced" if share == 1 else f"{share:.0%} of the multiply-adds"
         )
         for place, height, name in zip(places, heights, formats, strict=True):
-            loss = own[name]["loss_refitted"]
-            axis.text(place, height, f"{height:.1f}x\n{0.0 - loss:+.1f}", ha="center", va="bottom", fontsize=7)
+            won = f"\n{0.0 - own[name]['loss']:+.1f}" if "loss" in own[name] else ""
+            axis.text(place, height, f"{height:.1f}x{won}", ha="center", va="bottom", fontsize=7)
     axis.set_xticks(range(len(formats)), formats)
     axis.set_ylabel("speed-up, batch 16, best round")
-    axis.set_title("above each bar: speed-up, and points of accuracy won or lost with the probe fitted anew", fontsize=8)
-    axis.margins(y=0.18)
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    axis.set_title("above each bar: speed-up, and where it was measured points of accuracy won or lost, same probe", fontsize=8)
+    axis.margins(y=0.28)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", ncols=len(shares))
     save(figure, "deploy.svg")
 
 
