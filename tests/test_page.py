@@ -99,12 +99,17 @@ def browser():
 
 
 @contextmanager
-def served(folder: Path):
-    """A static server, as Python brings it: it sends no header of its own."""
+def served(folder: Path, headers: dict[str, str] | None = None):
+    """A static server, as Python brings it: it sends no header of its own but those given."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             return None
+
+        def end_headers(self):
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            super().end_headers()
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -149,8 +154,27 @@ def visit(browser, site):
     return opened
 
 
+@pytest.fixture
+def page(browser):
+    """A visitor's page that keeps its service worker from one visit to the next."""
+    context = browser.new_context(reduced_motion="reduce")
+    page = context.new_page()
+    page.set_default_timeout(SOON)
+    yield page
+    context.close()
+
+
 def measured(page) -> None:
     page.locator("#again:enabled").wait_for()
+
+
+def until(page, condition) -> None:
+    """Wait for what a page knows, or a function; its policy forbids Playwright's own way."""
+    for _ in range(SOON // 100):
+        if condition() if callable(condition) else page.evaluate(condition):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(condition)
 
 
 def drop(page, name: str, content: bytes) -> None:
@@ -240,10 +264,15 @@ def test_the_slider_by_keyboard(visit):
 def test_everything_is_reached_by_the_tabulator(visit):
     with visit() as page:
         reached = []
-        for _ in range(16):
+        for _ in range(17):
             page.keyboard.press("Tab")
-            reached.append(page.evaluate("document.activeElement.id || document.activeElement.parentElement.id"))
-        assert list(dict.fromkeys(reached)) == ["open", "samples", "share", "play", "depth", "again", "save", ""]  # then summaries
+            reached.append(
+                page.evaluate("(({id, parentElement, tagName}) => id || parentElement.id || tagName)(document.activeElement)")
+            )
+        assert list(dict.fromkeys(reached)) == ["open", "samples", "share", "play", "depth", "CANVAS", "again", "save", "SUMMARY"]
+        page.focus(".card canvas")
+        page.keyboard.press("ArrowRight")
+        page.locator(".card .lens", has_text="token").wait_for()
         page.focus("#samples button:nth-child(2)")
         page.keyboard.press("Enter")
         page.locator("#about-photo", has_text="coffee").wait_for()
@@ -262,6 +291,74 @@ def test_playing_the_blocks(visit):
         page.locator("#depth-told", has_text=f"after block {DEPTH} of {DEPTH}").wait_for()
         page.locator("#play:not([aria-label=Pause])").wait_for()
         assert "Pause" in page.evaluate("told")
+
+
+def test_playing_where_motion_is_not_wanted(visit):
+    """Not unasked; but whoever presses the button is shown the blocks, one after the other."""
+    with visit() as page:
+        assert page.text_content("#depth-told") == f"after block {DEPTH} of {DEPTH}"
+        pressed = "document.querySelector('#play').click(), document.querySelector('#depth-told').textContent"
+        assert page.evaluate(pressed) == "photograph"  # in one breath: the first block follows soon
+        page.locator("#depth-told", has_text=f"after block {DEPTH} of {DEPTH}").wait_for()
+
+
+def test_a_photograph_that_is_chosen_before_the_model_is_there(browser, site):
+    held = []
+    with served(site) as url:
+        hold = lambda page: page.route("**/weights.bin", lambda route: held.append(route))  # noqa: E731
+        with visited(browser, url, before=hold) as page:
+            page.locator("#samples button").first.wait_for()
+            drop(page, "broken.jpg", b"no picture")
+            page.locator("#problem", has_text="cannot be read as a picture").wait_for()
+            drop(page, "mine.png", encoded(photograph()))
+            page.locator("#about-photo", has_text="mine.png. The model is still on its way").wait_for()
+            until(page, lambda: held)  # the worker starts beside the page
+            held[0].continue_()
+            page.locator("#about-photo", has_text="mine.png. 150 \u00d7 97 pixels").wait_for()
+            measured(page)
+
+
+def test_the_slider_while_a_photograph_is_read(visit):
+    """The photograph is taken, at the new share; and so is the second of two."""
+    with visit() as page:
+        drop(page, "large.jpg", encoded(photograph().resize((4000, 3000)), "JPEG"))
+        page.evaluate("const s = document.querySelector('#share'); s.value = 0; s.dispatchEvent(new Event('input'))")
+        page.locator("#about-photo", has_text="large.jpg").wait_for()
+        measured(page)
+        drop(page, "first.png", encoded(photograph(seed=4)))
+        dropped(page, "second.png", encoded(photograph(seed=5)))
+        assert page.locator("#problem").is_hidden() and page.text_content("#share-told") == "100 %"
+        drop(page, "first.png", encoded(photograph(seed=4)))  # of which the one behind it cannot be read
+        drop(page, "broken.jpg", b"no picture")
+        page.locator("#about-photo", has_text="first.png").wait_for()
+        measured(page)
+
+
+def test_hatching_is_explained_where_there_is_any(visit):
+    with visit() as page:
+        page.locator("#hatched").wait_for()
+        page.focus("#depth")
+        page.keyboard.press("Home")
+        page.focus("#share")
+        page.keyboard.press("ArrowLeft")
+        page.locator("#result", has_text="All of the work").wait_for()
+        measured(page)
+        assert page.locator("#hatched").is_hidden()
+
+
+def test_controls_can_be_told_from_the_paper(visit):
+    """By three to one, as WCAG 2.2 asks for what is no text (1.4.11), in both colour schemes."""
+    edge = "getComputedStyle(document.querySelector('#play')).borderTopColor"
+    paper = "getComputedStyle(document.body).backgroundColor"
+
+    def light(colour):
+        parts = np.array([int(c) / 255 for c in colour[4:-1].split(",")])
+        return np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
+
+    for scheme in ("light", "dark"):
+        with visit(color_scheme=scheme) as page:
+            a, b = sorted(light(page.evaluate(colour)) + 0.05 for colour in (edge, paper))
+            assert b / a >= 3, scheme
 
 
 def test_a_broken_file_changes_nothing(visit):
@@ -343,11 +440,8 @@ def test_too_little_memory_is_told(browser, site):
         page.locator("#problem", has_text="too little memory").wait_for()
 
 
-def test_without_a_network_once_loaded(browser, site):
+def test_without_a_network_once_loaded(page, site):
     """From the second visit on threads are used, too: the service worker sends the headers they need."""
-    context = browser.new_context(reduced_motion="reduce")
-    page = context.new_page()
-    page.set_default_timeout(SOON)
     with served(site) as url:
         page.goto(url)
         measured(page)
@@ -360,7 +454,46 @@ def test_without_a_network_once_loaded(browser, site):
     cores = page.evaluate("navigator.hardwareConcurrency")
     assert cores == 1 or f"on {min(4, cores)} threads" in page.text_content("#machine")
     assert page.evaluate("fetch('sw.js', {method: 'POST', body: 'x'}).then(() => 'sent', () => 'refused')") == "refused"
-    context.close()
+
+
+def test_a_page_that_was_built_anew_is_shown_anew(page, site, tmp_path):
+    """Though the browser may keep the server's answers: from one visit to the next all files are of one page."""
+    folder = tmp_path / "site"
+    shutil.copytree(site, folder)
+    with served(folder, {"Cache-Control": "max-age=600"}) as url:
+        page.goto(url)
+        measured(page)
+        page.locator("#offline", has_text="works without a network").wait_for(state="attached")
+        manifest = json.loads((folder / job.MANIFEST).read_text())
+        (folder / job.MANIFEST).write_text(json.dumps(manifest | {"title": "another model"}))
+        worker = (folder / "sw.js").read_text()
+        (folder / "sw.js").write_text(worker.replace('"version": "', '"version": "new', 1))
+        page.reload()  # finds the other version, and still is the first
+        page.locator("#title", has_text=manifest["title"]).wait_for(state="attached")
+        until(page, "navigator.serviceWorker.getRegistration().then((r) => r.waiting !== null)")
+        page.reload()
+        page.locator("#title", has_text="another model").wait_for(state="attached")
+        measured(page)
+        assert len(page.evaluate("caches.keys()")) == 1
+
+
+def test_another_project_at_the_same_address(page, site, tmp_path):
+    """Whatever is below the page's address is the server's; and where the page is gone, the next one is shown."""
+    folder = tmp_path / "site"
+    shutil.copytree(site, folder)
+    (folder / "docs").mkdir()
+    (folder / "docs/index.html").write_text("<title>of the server</title>")
+    with served(folder) as url:
+        page.goto(url)
+        measured(page)
+        page.goto(f"{url}docs")  # sent on to docs/
+        assert page.title() == "of the server"
+        assert page.evaluate("fetch('../sw.js', {method: 'POST', body: 'x'}).then((r) => r.status, () => 'refused')") == 501
+        shutil.rmtree(folder / "model")
+        (folder / "index.html").write_text("<h1>another project</h1>")
+        page.goto(url)
+        page.locator("h1", has_text="another project").wait_for()
+        until(page, "navigator.serviceWorker.getRegistrations().then((all) => all.length === 0)")
 
 
 def test_photographs_are_prepared_as_pillow_does(browser, site):
@@ -495,8 +628,53 @@ def test_a_bundle_that_brings_its_reducer():
     assert [case.method for case in found] == ["own", "topk", "tome"] and found[0].reducer == own
     assert all(abs(case.share - found[0].share) < 0.02 for case in found[1:])
     assert cases.described("own", own, 0)["label"] == "ETPS"
+    assert [case.method for case in cases.beside(model, own, ("training-free", "topk"), (SIZE, SIZE), lambda *said: None)] == [
+        "own", "training-free", "topk",
+    ]  # fmt: skip
+    preset = sv.preset("training-free", macs=0.6, model=model)
+    assert [case.method for case in cases.beside(model, preset, ("training-free",), (SIZE, SIZE), lambda *said: None)] == ["own"]
     with pytest.raises(ConfigError, match=r"leaves 100\.0% of the multiply-adds, so there is nothing to watch"):
         cases.beside(model, sv.ETPS(keep=1.0), ("topk",), (SIZE, SIZE), lambda *said: None)
+
+
+def test_a_method_that_cannot_be_as_cheap_as_the_bundle_is_left_out(caplog):
+    model, own = tiny(), sv.ETPS(keep=0.02, at=(0,))
+    found = cases.beside(model, own, ("tome", "topk"), (SIZE, SIZE), lambda *said: None)
+    assert [case.method for case in found] == ["own", "topk"] and "the page goes without tome" in caplog.text
+
+
+def test_python_says_what_is_shown():
+    model = tiny()
+    for case in cases.planned(model, (*cases.METHODS, "evit"), [0.6], (SIZE, SIZE), lambda *said: None):
+        sv.restore_(model)
+        exec(case.python, {"sv": sv, "model": model})
+        assert model.squeezevit_state.reducer == case.reducer
+    learned = cases.Case("own", 0.6, 0.6, sv.DTPS(keep=0.5))
+    assert learned.python.startswith('model = sv.load("bundle")')
+
+
+def test_the_unreduced_cost_of_a_reduced_bundle(archive, tmp_path):
+    model, reduced = tiny(), sv.reduce_(tiny(), sv.ETPS(keep=0.5, at=(0,)))
+    wanted = job.Wanted(("topk",), None, "fp32", archive=archive)
+    card = card_of(reduced, options=OPTIONS, image_size=SIZE)
+    manifest = job.build(reduced, card, tmp_path / "site", wanted, "", lambda *told: None)
+    assert manifest["macs"] == sv.macs(model, SIZE)
+    assert [method["key"] for method in manifest["methods"]] == ["own", "topk"]
+
+
+def test_a_runtime_in_the_cache_that_is_broken_is_fetched_anew(archive, tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(runtime, "_fetch", lambda file: fetched.append(shutil.copyfile(archive, file)))
+    broken = tmp_path / "squeezevit" / "runtime" / archive.name
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(archive.read_bytes()[:100_000])
+    runtime.write_runtime(tmp_path / "ort")
+    assert fetched == [broken] and {file.name for file in (tmp_path / "ort").iterdir()} == {*runtime.SHA256}
+    shutil.copyfile(archive, tmp_path / "mine.tgz")
+    (tmp_path / "mine.tgz").write_bytes(archive.read_bytes()[:100_000])
+    with pytest.raises(ConfigError, match=r"mine\.tgz is not the package onnxruntime-web"):
+        runtime.write_runtime(tmp_path / "ort", tmp_path / "mine.tgz")
 
 
 def test_a_runtime_that_is_another(tmp_path):

@@ -19,14 +19,13 @@ METHODS = ("training-free", "topk", "tome")
 SHARES = (0.8, 0.65, 0.5, 0.35, 0.25)
 OWN = "own"  # the method of a bundle that brings its reducer
 _FEWEST = 0.25  # of its tokens that a stage with one ratio for all keeps, where earlier stages reach the budget, too
-_TOLD = {  # heading, what it does, the share as Python says it
+_TOLD = {  # heading, and what it does
     "training-free": (
         "TPS",
         "Without training: prunes tokens that have a more important twin, and squeezes each into the token most like it.",
-        'sv.preset("training-free", macs={share:g}, model=model)',
     ),
-    "topk": ("Plain pruning", "Throws away the tokens that the class token attends to least.", None),
-    "tome": ("ToMe", "Merges the most similar pairs of tokens in every block.", None),
+    "topk": ("Plain pruning", "Throws away the tokens that the class token attends to least."),
+    "tome": ("ToMe", "Merges the most similar pairs of tokens in every block."),
 }
 _COLOURS = (("#1d7a2c", "#6fd07c"), ("#0a5fb4", "#62adff"), ("#cf3f12", "#ff8552"))  # where the catalogue has none
 logger = logging.getLogger(__name__)
@@ -45,17 +44,25 @@ class Case:
     def file(self) -> str:
         return f"{''.join(c if c.isalnum() else '-' for c in self.method)}-{100 * self.told:g}.onnx"
 
+    @property
+    def python(self) -> str:
+        """The line that reduces a model just so; learned heads come with their bundle alone."""
+        if self.reducer.learned:
+            return f'model = sv.load("bundle")  # {self.reducer}, whose score heads are in the bundle'
+        if self.method == "training-free":
+            return f'sv.reduce_(model, sv.preset("training-free", macs={self.told:g}, model=model))'
+        return f"sv.reduce_(model, sv.{self.reducer!r})"
+
 
 def described(name: str, own: Reducer | None, index: int) -> dict[str, Any]:
-    """A method as the page names it: its key, heading, what it does, its colours on white and on black, how Python says it."""
+    """A method as the page names it: its key, heading, what it does, its colours on white and on black."""
     reducer = own if name == OWN and own is not None else method(name).template()
-    heading, words, python = _TOLD.get(name, (None, _first_sentence(type(reducer)), None))
+    heading, words = _TOLD.get(name, (None, _first_sentence(type(reducer))))
     look = None if name == OWN else method(name).look
-    planned_by_name = f"sv.plan(model, {name!r}, macs={{share:g}})"
     light, dark = (look.light, look.dark) if look else _COLOURS[index % len(_COLOURS)]
     return {
         "key": name, "label": heading or (type(reducer).__name__ if name == OWN else method(name).label), "words": words,
-        "light": light, "dark": dark, "python": python or (f"sv.{reducer!r}" if name == OWN else planned_by_name),
+        "light": light, "dark": dark,
     }  # fmt: skip
 
 
@@ -88,13 +95,23 @@ def planned(
 
 
 def beside(net: nn.Module, own: Reducer, methods: Sequence[str], size: tuple[int, int], progress: Progress) -> list[Case]:
-    """A bundle's own reducer, and the methods at the share that it costs."""
+    """A bundle's own reducer, and the methods at the share that it costs, but for those that are the same or cannot reach it."""
     with Meter(net, Setting(image_size=size)) as meter:
         share = meter.share(own)
     told = round(share, 2)
     if not 0 < told < 1:
         raise ConfigError(f"{own} leaves {share:.1%} of the multiply-adds, so there is nothing to watch; reduce the model more")
-    return [Case(OWN, told, share, own), *planned(net, methods, [told], size, progress)]
+    cases = [Case(OWN, told, share, own)]
+    for i, name in enumerate(methods):
+        progress("planning", i, len(methods))
+        try:
+            made = _plan(net, name, told, size)
+        except ConfigError as error:
+            logger.warning("the page goes without %s: %s", name, error)
+            continue
+        if made.reducer != own:
+            cases.append(Case(name, told, made.macs_share, made.reducer))
+    return cases
 
 
 def _plan(net: nn.Module, name: str, share: float, size: tuple[int, int]) -> Plan:

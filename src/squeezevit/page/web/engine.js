@@ -47,8 +47,9 @@ export class Engine {
 
   /** Decode a photograph: {seen, width, height, shrunk}. */
   async photograph(blob) {
+    const read = await this.#request("photograph", { blob });
     this.blob = blob;
-    return this.#request("photograph", { blob });
+    return read;
   }
 
   run(file) {

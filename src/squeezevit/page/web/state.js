@@ -4,6 +4,8 @@ export const state = {
   manifest: null, engine: null, photo: null, shares: [1], share: 1, depth: 0,
   results: new Map(), // by file, of this photograph
   taken: new Map(), // milliseconds of each round, by file
+  early: null, // the photograph that was chosen before there was a model, as `offer` takes it
+  reading: 0, // photographs that the model's thread is still to read
   turn: 0, // of what is computed; an older turn stops when it sees a newer one
   playing: 0, soon: 0, // timers
   played: false, // once, when there is something to see

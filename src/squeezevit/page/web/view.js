@@ -27,7 +27,6 @@ export function describe(manifest) {
     : "All layers compute in 32-bit floats.";
   const runtime = `onnxruntime-web ${versions["onnxruntime-web"]}`;
   $("built").textContent = `${manifest.title}, ${manifest.precision}, ${megabytes(weights.bytes)} of weights for ${manifest.graphs.length + 1} graphs, run by ${runtime} (MIT licence). Built ${manifest.created.slice(0, 10)} with squeezevit ${versions.squeezevit}.`;
-  $("hatched").hidden = !manifest.methods.some((method) => method.key === "topk");
 }
 
 export function build(manifest, sample) {
@@ -44,6 +43,8 @@ export function build(manifest, sample) {
   cards = manifest.methods.map((method) => new Card(method, manifest));
   for (const card of cards) {
     for (const name of ["pointermove", "pointerdown", "pointerleave"]) card.canvas.addEventListener(name, (event) => pointed(card, event));
+    card.canvas.addEventListener("keydown", (event) => walked(card, event));
+    card.canvas.addEventListener("blur", () => light(card));
   }
   $("cards").replaceChildren(...cards.map((card) => card.element));
   maps = [featureFigure("Unreduced"), ...manifest.methods.map((method) => featureFigure(method.label, method))];
@@ -79,8 +80,8 @@ export function chosen() {
   $("share-told").textContent = percent(state.share);
   [...$("share-ticks").children].forEach((tick, i) => tick.classList.toggle("here", i === index));
   for (const card of cards) card.course(graphOf(card.method) ?? null);
-  const line = state.manifest.methods[0].python.replace("{share:g}", state.share);
-  $("python").textContent = `import squeezevit as sv\n\n${state.share === 1 ? "sv.restore_(model)  # the original, bit for bit" : `sv.reduce_(model, ${line})`}`;
+  const line = graphOf(state.manifest.methods[0])?.python ?? "sv.restore_(model)  # the original, bit for bit";
+  $("python").textContent = `import squeezevit as sv\n\n${line}`;
   drawAll();
 }
 
@@ -90,6 +91,7 @@ export function drawAll() {
   $("depth-told").textContent = told;
   $("depth").setAttribute("aria-valuetext", told);
   for (const card of cards) drawCard(card);
+  $("hatched").hidden = !filesShown().some((file) => state.results.get(file)?.groups.some((groups) => groups.includes(-1)));
   if (!state.photo) return;
   show($("photo"), state.photo.picture, state.manifest.grid, null, `photo ${state.photo.name}`);
   drawMaps();
@@ -118,7 +120,22 @@ function pointed(card, event) {
   const { width, height } = card.canvas.getBoundingClientRect();
   const [row, column] = [Math.floor((event.offsetY * rows) / height), Math.floor((event.offsetX * columns) / width)];
   const inside = event.type !== "pointerleave" && row >= 0 && row < rows && column >= 0 && column < columns;
-  card.patch = inside ? row * columns + column : undefined;
+  light(card, inside ? row * columns + column : undefined);
+}
+
+/** The same by keys: arrows go from patch to patch, from the middle on. */
+function walked(card, event) {
+  const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
+  if (!down && !right) return event.key === "Escape" && light(card);
+  event.preventDefault();
+  const [rows, columns] = state.manifest.grid;
+  const at = card.patch ?? Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+  const [row, column] = [Math.floor(at / columns) + down, (at % columns) + right];
+  if (row >= 0 && row < rows && column >= 0 && column < columns) light(card, row * columns + column);
+}
+
+function light(card, patch) {
+  card.patch = patch;
   drawCard(card);
 }
 
@@ -130,7 +147,7 @@ function drawMaps() {
     if (!result) return;
     featureMap(maps[i].canvas, result.map, result.groups.at(-1) ?? null, state.manifest.grid);
     maps[i].told.textContent = i ? near(result.patchCosine) : "";
-    maps[i].canvas.setAttribute("aria-label", `Features, mean cosine of patch tokens ${near(result.patchCosine)}`);
+    maps[i].canvas.setAttribute("aria-label", `${i ? state.manifest.methods[i - 1].label : "Unreduced"}: features, mean cosine of patch tokens ${near(result.patchCosine)}`);
   });
 }
 

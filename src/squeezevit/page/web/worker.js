@@ -44,12 +44,14 @@ async function fetched(path, size) {
   if (!size) return new Uint8Array(await response.arrayBuffer());
   const bytes = new Uint8Array(size);
   const reader = response.body.getReader();
-  for (let at = 0, part = await reader.read(); !part.done; part = await reader.read()) {
+  let at = 0;
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
     if (at + part.value.length > size) throw new Error(`${path} is longer than the page says; reload the page`);
     bytes.set(part.value, at);
     at += part.value.length;
     self.postMessage({ loaded: at, of: size });
   }
+  if (at < size) throw new Error(`${path} is shorter than the page says; reload the page`);
   return bytes;
 }
 
