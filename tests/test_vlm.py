@@ -23,6 +23,7 @@ from squeezevit.report.overlay import panels
 from squeezevit.vlm import Image, Prompt
 from squeezevit.vlm.groups import even
 from squeezevit.vlm.host import columns
+from squeezevit.vlm.wrapper import _cache_in
 from vlm_zoo import BEGIN, END, HOSTS, IMAGE, VIDEO
 
 ROWS = ((7,), (8, 9))  # images of two texts
@@ -439,6 +440,25 @@ def test_a_conversation_goes_on_with_its_cache(name, places):
         torch.testing.assert_close(torch.stack(out.logits), torch.stack(anew.logits), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("places", ["compact", "original"])
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2.5-vl", "glm4v", "mistral3", "idefics3"])
+def test_a_loop_of_one_s_own_says_what_generate_says(name, places):
+    """By `forward`, a word at a time with the cache of the last; the shorter row is padded."""
+    model, inputs = host(name), vlm_zoo.prompt(name, ROWS)
+    vlm, n = sv.VLM(model, keep=0.4, places=places), inputs["input_ids"].shape[1]
+    options = {**GREEDY, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+    expected = vlm.generate(**inputs, **options)
+    out, logits = vlm(**inputs, use_cache=True), []
+    for step in range(GREEDY["max_new_tokens"]):
+        logits.append(out.logits[:, -1])
+        word = expected.sequences[:, n + step, None]
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, step + 1, dtype=torch.long)], dim=1)
+        out = vlm(word, cache=_cache_in(out), **({"attention_mask": mask} if step % 2 else {}))
+    torch.testing.assert_close(torch.stack(logits), torch.stack(expected.logits), rtol=1e-4, atol=2e-5)
+    with pytest.raises(ConfigError, match="a new image cannot be added to a cache that is in use"):
+        vlm(**inputs, cache=_cache_in(out))
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
 def test_a_turn_s_own_padding_is_respected(name):
     model, inputs = host(name), vlm_zoo.prompt(name, ROWS)
@@ -741,6 +761,7 @@ def test_one_budget_is_refused_before_the_tower_is_reduced():
         "'tome' has no keep ratio": {"method": "tome"},
         'scores="tower": the tower is itself reduced': {"scores": "tower"},
         "keep=2 is not a share": {"keep": 2},
+        "keep=None and tokens=None: give one of them": {"keep": None},
         "take at='quarters', as the method 'training-free'": {"method": "class-token"},
         "scores='loud' is unknown": {"scores": "loud"},
     }.items():

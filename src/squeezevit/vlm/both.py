@@ -11,6 +11,7 @@ from squeezevit.core.reducer import Staged
 from squeezevit.errors import ConfigError
 from squeezevit.reducers import catalog
 from squeezevit.vlm import host
+from squeezevit.vlm.groups import Budget
 from squeezevit.vlm.wrapper import VLM
 
 
@@ -35,6 +36,7 @@ def reduce_vlm_(model: nn.Module, keep: float = 0.5, *, method: str = "training-
         )
     if options.get("scores") == "tower":
         raise ConfigError('scores="tower": the tower is itself reduced here; use scores="even", which asks for no attention')
+    Budget(keep, None)
     wrapper = VLM(model, keep, **options)
     template = catalog.method(method).template()
     if not isinstance(template, Staged):

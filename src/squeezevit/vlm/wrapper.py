@@ -14,6 +14,10 @@ from squeezevit.vlm.groups import Budget
 from squeezevit.vlm.prompt import Places, Prompt, Scores, check_choices, squeeze_prompt
 
 _TURN = "squeezevit_turn"  # where a cache says what prompt it holds
+_NEW_IMAGE = (
+    "a new image cannot be added to a cache that is in use, as the cache counts other places than the prompt; begin anew with the "
+    "whole conversation and without the cache"
+)
 
 
 class _Turn(NamedTuple):
@@ -72,9 +76,19 @@ class VLM(nn.Module):
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's own output for the shorter prompt: logits [B, T', V], and the loss where there are labels [B, T]."""
         kwargs |= {} if labels is None else {"labels": labels}
+        if len(args) == 1 and isinstance(args[0], Tensor):
+            kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
+        cache = _cache_in(kwargs)
         if not host.shown(host.base_of(self.model), kwargs):
-            return self.model(*args, **kwargs)
-        return self.model(*args, **self.squeeze(kwargs))
+            turn = getattr(cache, _TURN, None)
+            return self.model(*args, **(kwargs if turn is None else _behind(turn, cache, kwargs)))
+        if cache is not None and cache.get_seq_length():
+            raise ConfigError(_NEW_IMAGE)
+        prompt = self.squeeze(kwargs)
+        out = self.model(*args, **prompt)
+        if isinstance(out, Mapping):
+            _write_down(_cache_in(out), prompt, prompt.ids)
+        return out
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | Prompt | None = None, **kwargs: Any) -> Any:
@@ -99,9 +113,7 @@ class VLM(nn.Module):
         told = torch.cat([prompt.ids.repeat_interleave(copies, dim=0), sequences[:, prompt["input_ids"].shape[1] :]], dim=1)
         if not isinstance(out, Tensor):
             out.sequences, cache = told, _cache_in(out)
-        if cache is not None:
-            held = {name: value for name, value in prompt.items() if name in _KEPT}
-            setattr(cache, _TURN, _Turn(replace(prompt, inputs=held), told))
+        _write_down(cache, prompt, told)
         return told if isinstance(out, Tensor) else out
 
     def _lengths(self, options: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
@@ -121,16 +133,33 @@ class VLM(nn.Module):
     def _go_on(self, cache: Any, kwargs: dict[str, Any], inputs: object) -> Any:
         """A later turn on one cache: what the earlier ones left out is left out of the conversation again."""
         if host.shown(host.base_of(self.model), kwargs) or isinstance(inputs, Prompt):
-            raise ConfigError(
-                "a new image cannot be added to a cache that is in use, as the cache counts other places than the prompt; begin "
-                "anew with the whole conversation and without the cache"
-            )
+            raise ConfigError(_NEW_IMAGE)
         turn: _Turn | None = getattr(cache, _TURN, None)
         if turn is None:
             return self.model.generate(**kwargs)
         _require_same(kwargs.get("input_ids"), turn, cache.get_seq_length())
-        prompt = _longer(turn.prompt, kwargs["input_ids"], kwargs.get("attention_mask"))
+        begun, mask = turn.prompt.ids.shape[1], kwargs.get("attention_mask")
+        prompt = _longer(turn.prompt, kwargs["input_ids"][:, begun:], None if mask is None else mask[:, begun:])
         return self._run(prompt, {**kwargs, **prompt}, cache)
+
+
+def _write_down(cache: Any, prompt: Prompt, told: Tensor) -> None:
+    """On a cache, what it holds."""
+    if cache is not None:
+        held = {name: value for name, value in prompt.items() if name in _KEPT}
+        setattr(cache, _TURN, _Turn(replace(prompt, inputs=held), told))
+
+
+def _behind(turn: _Turn, cache: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given for the next tokens, [B, new], with their positions and mask behind the shorter prompt in the cache."""
+    ids, prompt = given.get("input_ids"), turn.prompt
+    if not isinstance(ids, Tensor):
+        return given
+    held = ids.new_zeros(len(ids), cache.get_seq_length() - prompt["input_ids"].shape[1])  # whatever was said since
+    new, mask = torch.cat([held, ids], dim=1), given.get("attention_mask")
+    longer = _longer(prompt, new, None if mask is None else mask[:, -new.shape[1] :])
+    places = {"position_ids": longer["position_ids"][..., -ids.shape[1] :]} if "position_ids" in longer else {}
+    return {**places, **given, "attention_mask": longer["attention_mask"]}
 
 
 def _cache_in(found: Mapping[str, Any]) -> Any:
@@ -138,10 +167,9 @@ def _cache_in(found: Mapping[str, Any]) -> Any:
     return next((found[name] for name in ("cache", "past_key_values") if name in found), None)
 
 
-def _longer(prompt: Prompt, ids: Tensor, mask: Tensor | None) -> Prompt:
-    """The prompt with the text that a conversation, [B, T + more], has after it."""
-    new = ids[:, prompt.ids.shape[1] :]
-    attended = torch.ones_like(new) if mask is None else mask[:, prompt.ids.shape[1] :]
+def _longer(prompt: Prompt, new: Tensor, mask: Tensor | None) -> Prompt:
+    """The prompt with the text that a conversation has after it, [B, more], and its mask."""
+    attended = torch.ones_like(new) if mask is None else mask
     ends = {"input_ids": new, "attention_mask": attended}
     out = {"attention_mask": torch.ones_like(prompt["input_ids"]), **prompt}
     for name, value in out.items():
@@ -150,7 +178,7 @@ def _longer(prompt: Prompt, ids: Tensor, mask: Tensor | None) -> Prompt:
         else:
             end = ends.get(name, torch.zeros_like(new)).to(value)
         out[name] = torch.cat([value, end], dim=-1)
-    return Prompt(out, ids, torch.cat([prompt.kept, attended.bool()], dim=1), prompt.images)
+    return Prompt(out, torch.cat([prompt.ids.to(new), new], dim=1), torch.cat([prompt.kept, attended.bool()], dim=1), prompt.images)
 
 
 _KEPT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")  # what later turns need of it
