@@ -1,7 +1,11 @@
 """A model and all that belongs to it in one folder: the same numbers again, and nothing that is not as it was written."""
 
+import copy
+import importlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +24,7 @@ from torch import nn
 import squeezevit as sv
 import zoo
 from squeezevit.bundle import CARD, Card, read_card
+from squeezevit.bundle.hosts import preprocessing
 from squeezevit.data.classifier import without_classifier_
 from squeezevit.data.folder import eval_transform
 from squeezevit.data.libraries import create
@@ -182,7 +187,7 @@ def test_what_others_leave_in_the_folder_is_in_nobody_s_way(tmp_path):
     (bundle / ".DS_Store").touch()
     (bundle / "predictions.csv").write_text("file,class\n")
     assert isinstance(sv.load(bundle), torch.nn.Module)
-    sv.save(sv.load(bundle), bundle, options=SIZES)  # takes the old one's place
+    sv.save(timm_model(), bundle, options=SIZES)  # takes the old one's place, and names no classes
     assert (bundle / "predictions.csv").read_text() == "file,class\n" and not (bundle / "classes.txt").exists()
     assert isinstance(sv.load(bundle), torch.nn.Module)
 
@@ -520,6 +525,87 @@ def test_training_goes_on_with_all_that_a_bundle_says(reducer, tmp_path):
     assert make_reducer(found.reducer, timm_model()) == reducer
     assert Path(found.data.classes).read_text() == "e\nd\nc\nb\na\n" and found.data.upright
     assert "data.classes" not in from_bundle(bundle, {"model.new_head": True})
+    assert "pretrained_cfg_overlay" not in found.model.options
+    other = Preprocessing(36, (32, 32), "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    sv.save(sv.reduce_(timm_model(), reducer), bundle, options=SIZES, preprocessing=other)
+    options = load_config(None, from_bundle(bundle, {})).model.options
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, **options)
+    assert preprocessing(net, None, None) == other
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_model_that_was_loaded_knows_its_bundle(host, tmp_path):
+    """Its preprocessing, its classes and how it is built are not asked for again, whichever way it goes on."""
+    make, known = HOSTS[host]
+    how = Preprocessing(36, (32, 32), "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    sv.save(sv.reduce_(make(), sv.ETPS(keep=0.5)), tmp_path / "b", **{**known, "preprocessing": how}, classes=list("edcba"))
+    model = sv.load(tmp_path / "b")
+    sv.save(model, tmp_path / "again")
+    sv.save(copy.deepcopy(model), tmp_path / "copied", image_size=32)
+    cards = [read_card(tmp_path / name) for name in ("b", "again", "copied")]
+    assert cards[0] == cards[1] == cards[2] and cards[0].classes == tuple("edcba") and cards[0].preprocessing == how
+    with pytest.raises(ConfigError, match="classes gives 2 names"):
+        sv.save(model, tmp_path / "again", classes=["x", "y"])
+    if host == "timm":
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 60, 3), dtype=np.uint8))
+        assert np.array_equal(eval_transform(model, None)(picture).numpy(), how(picture))
+        model.set_input_size(img_size=48)
+        sv.save(model, tmp_path / "again")
+        assert read_card(tmp_path / "again").preprocessing.crop == (48, 48), "another size than it was loaded for"
+        model.reset_classifier(5)
+        sv.save(model, tmp_path / "again")
+        assert read_card(tmp_path / "again").classes is None, "names of a head that is gone"
+        model.reset_classifier(7)
+        sv.save(model, tmp_path / "again")
+        assert sv.load(tmp_path / "again").num_classes == 7
+
+
+def test_a_loaded_model_of_open_clip_knows_its_name(open_clip_name, tmp_path):
+    model = open_clip.create_model(open_clip_name).eval()
+    sv.save(model, tmp_path / "b", options={"name": open_clip_name})
+    sv.save(sv.load(tmp_path / "b"), tmp_path / "again")
+    assert read_card(tmp_path / "again") == read_card(tmp_path / "b")
+
+
+def test_commands_measure_at_the_size_of_the_bundle(tmp_path, photographs, capsys):
+    """Though the model takes others."""
+    model = timm_model(dynamic_img_size=True)
+    sv.save(model, tmp_path / "b", options=SIZES, image_size=64)
+    expected, measured = sv.macs(timm_model(dynamic_img_size=True), 64), ["--batch-size", 1]
+    code, said = asked(
+        capsys, "bench", "--from", tmp_path / "b", "--methods", "identity", "--rounds", 1, *measured, "--json", tmp_path / "b.json"
+    )
+    assert code == 0, said
+    assert json.loads((tmp_path / "b.json").read_text())["rows"][0]["macs"] == expected
+    code, said = asked(capsys, "plan", "--from", tmp_path / "b", "--macs", 0.6, "--json", tmp_path / "p.json")
+    assert code == 0, said
+    planned = json.loads((tmp_path / "p.json").read_text())["reducer"]
+    assert planned == repr(sv.plan(timm_model(dynamic_img_size=True), "etps", macs=0.6, image_size=64))
+    sv.save(timm_model(), tmp_path / "small", options=SIZES)
+    code, said = asked(
+        capsys, "show", photographs / "val/a/0.png", "--from", tmp_path / "small", "--out", tmp_path, "--json", tmp_path / "s.json"
+    )
+    assert code == 0, said
+    assert json.loads((tmp_path / "s.json").read_text())["rows"][0]["grid"] == [4, 5]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="no such signal")
+def test_a_command_that_is_terminated_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    bundle = saved(tmp_path)
+    monkeypatch.setattr(
+        importlib.import_module("squeezevit.export.job"), "capture", lambda *given: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    code, said = asked(capsys, "export", "--from", bundle, "--out", tmp_path / "out", "--to", "program", "--batch-size", 1)
+    assert code == 143 and signal.getsignal(signal.SIGTERM) is before, said
+    assert {file.name for file in tmp_path.iterdir()} == {bundle.name}
+
+
+def test_an_export_does_not_take_the_place_of_weights(tmp_path):
+    bundle = saved(tmp_path)
+    with pytest.raises(ConfigError, match="holds a bundle with weights, which an export would replace; choose another folder"):
+        sv.export(sv.load(bundle), bundle, to="program", batch_size=1)
+    sv.load(bundle)
 
 
 def test_images_are_made_as_the_model_s_library_says(tmp_path):

@@ -69,6 +69,11 @@ def test_changes_are_valid_schedules_and_one_step_away(model):
     assert ((1, 4), (1.0, 1.0)) in changes
 
 
+def test_a_share_that_is_none(model):
+    with pytest.raises(ConfigError, match="share=50: give a share of the multiply-adds above 0 and at most 1"):
+        calibrate(model, sv.ETPS(), 50, [zoo.images(2)])
+
+
 def test_a_share_that_not_even_the_template_reaches(model):
     with pytest.raises(ConfigError, match=r"cannot reach 5\.0% of the multiply-adds"):
         calibrate(model, sv.ETPS(at=(4,)), 0.05, [zoo.images(2)])

@@ -30,6 +30,12 @@ def images(n: int) -> torch.Tensor:
     return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
+def test_labels_are_one_for_each_image(net):
+    for labels in (np.zeros((4, 1), int), torch.zeros(3)):
+        with pytest.raises(ConfigError, match=r"labels are \[.*\] for 4 images; give one for each, \[4\]"):
+            compare(net, [images(4)], None, labels)
+
+
 def test_p_values_are_those_of_a_paired_test():
     for n in (40, 400):
         difference = np.random.default_rng(0).normal(0.1, 1, n)

@@ -62,6 +62,11 @@ def with_code(language: str) -> list[Path]:
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
+    cut_off(monkeypatch, tmp_path)
+    return tmp_path
+
+
+def cut_off(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """A folder to run pages in, without a network and in little time.
 
     What a page asks of a model hub is of the same class, narrower, with random weights. No time is measured: a block takes as many
@@ -104,9 +109,8 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(latency, "profile", profile)
     monkeypatch.setattr(latency, "ratio", ratio)
     monkeypatch.setattr(catalog, "_METHODS", dict(catalog._METHODS))  # a method that a page registers is gone afterwards
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # of profiles
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))  # of profiles
+    monkeypatch.chdir(folder)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft
@@ -136,13 +140,23 @@ def test_code_blocks_say_their_language():
 # commands
 
 
+@pytest.fixture(scope="module")
+def methods_of_pages(tmp_path_factory):
+    """The methods that CONTRIBUTING and the tutorial register."""
+    with pytest.MonkeyPatch.context() as patch:
+        cut_off(patch, tmp_path_factory.mktemp("pages"))
+        before = {*catalog._METHODS}
+        for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "tutorials" / "method.md"):
+            names = {"__name__": "__main__"}
+            for block in blocks(page, "python"):
+                exec(block.code, names)
+        return {name: row for name, row in catalog._METHODS.items() if name not in before}
+
+
 @pytest.fixture
-def stranger(offline):
-    """The methods that CONTRIBUTING and the tutorial register, which commands there name."""
-    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "tutorials" / "method.md"):
-        names = {"__name__": "__main__"}
-        for block in blocks(page, "python"):
-            exec(block.code, names)
+def stranger(methods_of_pages, offline):
+    """Commands may name the methods that pages register."""
+    catalog._METHODS.update(methods_of_pages)  # of this test alone, as `offline` has it
 
 
 def commands(page: Path) -> list[str]:

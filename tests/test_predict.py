@@ -11,11 +11,13 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -25,7 +27,7 @@ from squeezevit.bundle import CARD, ENGINES, card_of, write
 from squeezevit.data.folder import decoding, image_or_reason, read_image
 from squeezevit.embed import Settings, embed, open_engine, predict
 from squeezevit.embed.engines import Engine
-from squeezevit.embed.tables import Journal, read_about
+from squeezevit.embed.tables import Journal, parts_of, read_about
 from squeezevit.errors import CheckpointError, ConfigError, DataError, MissingExtraError, UnsupportedError
 
 SIZES = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -371,6 +373,32 @@ def test_a_bundle_of_another_precision_runs(tmp_path):
     assert open_engine(tmp_path / "b").run(np.zeros((2, 3, 32, 32), np.float32)).dtype == np.float32
 
 
+def test_features_of_clip_are_those_that_compare_with_texts(tmp_path):
+    """Projected, in torch and as a program; the tower alone would put out others, of another width."""
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(vision_config=vision, text_config={**sizes, "vocab_size": 99}, projection_dim=20)
+    clip = sv.reduce_(transformers.CLIPModel(config).eval(), sv.ETPS(keep=0.5, at=(0,)))
+    how, x = {"resize": 32, "crop": (32, 32)}, torch.randn(2, 3, 32, 32)
+    sv.save(clip, tmp_path / "b", preprocessing=how)
+    sv.export(clip, tmp_path / "p", to="program", batch_size=2, preprocessing=how)
+    with torch.inference_mode():
+        expected = clip.visual_projection(clip.vision_model(x).pooler_output).numpy()
+    for folder in ("b", "p"):
+        np.testing.assert_allclose(open_engine(tmp_path / folder).run(x.numpy()), expected, atol=1e-5)
+
+
+def interrupted(*given, **settings):
+    raise KeyboardInterrupt
+
+
+def partly_removed(folder, ignore_errors=False):
+    """What `rmtree` leaves where it is interrupted: files go in whatever order the file system has."""
+    rmtree(folder / "before" if (folder / "before").is_dir() else folder, ignore_errors)
+    if not ignore_errors and folder.name.endswith(".parts"):
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("suffix", ["npy", "parquet"])
 def test_adding_to_a_table(suffix, engine, photographs, tmp_path, monkeypatch):
     if suffix == "parquet":
@@ -382,14 +410,15 @@ def test_adding_to_a_table(suffix, engine, photographs, tmp_path, monkeypatch):
         embed([photographs], replace(engine, id="0" * 64), out, Settings(2), append=True)
     with pytest.raises(ConfigError, match="do not compare"):
         embed([photographs], engine, out, Settings(2, upright=False), append=True)
-    finish = Journal.finish
     with monkeypatch.context() as patched:  # ended once the new table is in place, and the journal not yet removed
-        patched.setattr("squeezevit.embed.tables.shutil.rmtree", lambda *_, **__: None)
-        patched.setattr(Journal, "finish", lambda self, write: (finish(self, write), (_ for _ in ()).throw(KeyboardInterrupt)))
+        patched.setattr(Journal, "forget", interrupted)
         with pytest.raises(KeyboardInterrupt):
             embed([photographs], engine, out, Settings(2), append=True)
-    done = embed([photographs], engine, out, Settings(2), append=True)
-    assert done.files == 5 and done.resumed == 5
+    with monkeypatch.context() as patched:  # ended while the journal is removed, of which the old table is the first to go
+        patched.setattr("squeezevit.embed.tables.shutil.rmtree", partly_removed)
+        with pytest.raises(KeyboardInterrupt):
+            embed([photographs], engine, out, Settings(2), append=True)
+    assert not (parts_of(out) / "before").exists() and parts_of(out).is_dir()
     assert embed([photographs], engine, out, Settings(2), append=True).files == 0
     embed([photographs], engine, at_once, Settings(2))
     if suffix == "parquet":

@@ -317,6 +317,8 @@ def test_no_row_of_a_figure_is_nearly_empty(count: int, rows: int) -> None:
     [
         (ETPS(keep=0.5), [(257, 129), (129, 65), (65, 33)], 2.13, "eTPS, half of the tokens at each of 3 stages, 2.1 x fewer"),
         (TopK(keep=0.7), [(256, 180)], 1.04, "TopK, 70 % of the tokens at one stage, 4 % fewer multiply-adds"),
+        (TopK(keep=0.5), [(4, 2)], 1.5, "TopK, half of the tokens at one stage"),
+        (TopK(keep=0.7), [(4, 3)], 1.5, "TopK, three quarters of the tokens at one stage"),
         (ToMe(r=8), [(64, 56), (56, 48), (48, 40)], 1.0, "ToMe, from 64 to 40 tokens in 3 stages, as many multiply-adds"),
         (Identity(), [], 1.0, "unreduced, as many multiply-adds"),
     ],

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squeezevit.budget.meter import Meter, Setting, Size
+from squeezevit.budget.plan import is_share
 from squeezevit.budget.solve import OutOfReach, solve
 from squeezevit.core.macs import macs
 from squeezevit.core.reducer import Staged
@@ -31,7 +32,7 @@ class Calibration:
     macs_share: float
     searched: tuple[float, float]  # fidelity of reducer and default on the images searched on
     held_out: tuple[float, float] | None  # the same on images not searched on
-    held_out_error: float | None  # standard error of the difference
+    held_out_error: float | None  # standard error of the difference; None of a single image
     tried: int
 
 
@@ -52,6 +53,8 @@ def calibrate(
     the reduction at a stage, a stage more or fewer. Raises ConfigError where not even the template reaches the share, and for
     images of a size that the model does not take.
     """
+    if not is_share(share):
+        raise ConfigError(f"share={share!r}: give a share of the multiply-adds above 0 and at most 1, as 0.5")
     if not isinstance(template, Staged):
         raise ConfigError(f"{template!r} has no stages to search; give a reducer with stages and ratios, as sv.ETPS()")
     if template.learned:
@@ -77,7 +80,7 @@ def calibrate(
             return Calibration(reducer, default, own, searched, None, None, tried)
         search.use(held_out)
         better, first = search.fidelity(reducer), search.fidelity(default)
-        error = ((better - first).std() / len(better) ** 0.5).item()
+        error = ((better - first).std() / len(better) ** 0.5).item() if len(better) > 1 else None
         return Calibration(reducer, default, own, searched, (better.mean().item(), first.mean().item()), error, tried)
 
 

@@ -139,7 +139,7 @@ def plan_macs(
     counted; they move in steps of one token, so the share is met to 0.4 points or half a step, whichever is more.
     """
     template = catalog.method(method).template()
-    if not _is_share(share):
+    if not is_share(share):
         raise ConfigError(f"share {share!r} of the multiply-adds is not above 0 and at most 1; give 0.5 for half")
     if isinstance(template, Identity):
         return template
@@ -209,7 +209,7 @@ def _budget(**budgets: float | None) -> tuple[str, float]:
     if name == "images_per_second":
         good, wanted = _is_positive(value), "a number above 0"
     else:
-        good, wanted = _is_share(value), "a share above 0 and at most 1"
+        good, wanted = is_share(value), "a share above 0 and at most 1"
     if not good:
         raise ConfigError(f"{name}={value!r} is no budget; give {wanted}")
     return name, float(value)
@@ -224,7 +224,8 @@ def _is_positive(value: object) -> bool:
         return False
 
 
-def _is_share(value: object) -> bool:
+def is_share(value: object) -> bool:
+    """Whether it is a number above 0 and at most 1."""
     return _is_positive(value) and cast(float, value) <= 1
 
 
@@ -386,7 +387,10 @@ def _for_time(clock: "Clock", name: str, value: float, progress: Progress | None
         if off <= WITHIN or reducer == make(0.0):
             break
         known |= {1.0: whole, clock.seconds(reducer) / dense: share * whole}
-    return min(found, key=lambda f: f[0])[1]
+    off, plan = min(found, key=lambda f: f[0])
+    if off > WITHIN and plan.reducer != make(0.0):
+        logger.warning("the plan's time is %.0f %% off what was asked for, as times here do not settle: %s", 100 * off, plan)
+    return plan
 
 
 def _out_of_reach(clock: "Clock", kind: _Kind, name: str, wanted: float, least: float, how: str = "predicted") -> str:

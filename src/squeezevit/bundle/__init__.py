@@ -23,9 +23,9 @@ from squeezevit.bundle import hosts
 from squeezevit.bundle.whole import write_whole
 from squeezevit.checkpoint import load_checkpoint_, read_checkpoint, save_checkpoint
 from squeezevit.core.attach import reduce_
-from squeezevit.core.cut import require_model
+from squeezevit.core.cut import description_of, require_model
 from squeezevit.core.running import evaluation_mode, forward, images
-from squeezevit.data.classifier import class_names, is_name
+from squeezevit.data.classifier import class_names, is_name, name_classes_
 from squeezevit.data.pixels import Preprocessing
 from squeezevit.errors import CheckpointError, ConfigError, UnsupportedError
 from squeezevit.reducers import to_dict
@@ -33,6 +33,7 @@ from squeezevit.reducers.catalog import from_dict
 
 FORMAT = 1
 CARD, WEIGHTS, CLASSES = "squeezevit.json", "model.safetensors", "classes.txt"
+_LOADED = "squeezevit_card"  # where a model that was loaded keeps its card, and which size it was then set up for
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _KINDS = {"host": dict, "reducer": dict | None, "grid": bool, "dtype": str, "engine": str, "exported": dict, "measured": dict}
 ENGINES = {"torch": WEIGHTS, "onnx": "model.onnx", "openvino": "model.xml", "program": "model.pt2", "aoti": "model.aoti.pt2"}
@@ -75,9 +76,11 @@ def save(
     Before anything is written the model is built anew from what the card says, and must give the same numbers to the last bit.
 
     options: how its library built it, as {"name": "ViT-B-32"} of open_clip, or what timm.create_model was called with beside the
-    name; what the model itself tells need not be given. image_size: pixels a side, or height and width; None: its own.
+    name; what the model itself tells, or the bundle that it was loaded from, need not be given. image_size: pixels a side, or
+    height and width; None: its own.
     classes: a name for each output, in their order. preprocessing: a `Preprocessing`, a dictionary of its fields, transformers'
-    image processor, or torchvision's `weights.transforms()`; None: what timm, or open_clip's model, says. measured: figures kept.
+    image processor, or torchvision's `weights.transforms()`; None: what the bundle says that the model was loaded from, or timm,
+    or open_clip's model. measured: figures kept.
 
     Raises UnsupportedError for models of other libraries, and ConfigError where what is known does not build this model, where
     preprocessing is needed and where the classes do not fit; nothing is then written.
@@ -90,7 +93,7 @@ def save(
 
 
 def load(folder: str | PathLike[str]) -> nn.Module:
-    """The model of a bundle that `save` wrote, in evaluation mode, reduced as it was.
+    """The model of a bundle that `save` wrote, in evaluation mode, reduced as it was; it knows its preprocessing and classes.
 
     Raises CheckpointError where the folder is no bundle, a file of it is missing or is not what was written, or it holds an
     exported model, and ConfigError for a reducer of another version.
@@ -115,7 +118,12 @@ def open_bundle(folder: str | PathLike[str]) -> tuple[nn.Module, Card]:
 def model_of(path: Path, card: Card) -> nn.Module:
     """The model of the very bundle that `read_card` has just read, whose files are not summed up again."""
     file = path / WEIGHTS
-    return load_checkpoint_(rebuilt(card), read_checkpoint(file, checked=True), str(file)).eval()
+    model = load_checkpoint_(rebuilt(card), read_checkpoint(file, checked=True), str(file)).eval()
+    hosts.prepare_(model, card.preprocessing)
+    if card.classes is not None:
+        name_classes_(model, card.classes)
+    vars(model)[_LOADED] = replace(card, measured={}), description_of(model).image_size
+    return model
 
 
 def card_of(
@@ -128,6 +136,11 @@ def card_of(
 ) -> Card:
     """The card of a model, which is proved to build it; as `save`."""
     require_model(model)
+    known, size = vars(model).get(_LOADED, (None, None))
+    if known is not None and options is None:
+        options = hosts.options_of(known.host)
+    if known is not None and preprocessing is None and size == description_of(model).image_size:
+        preprocessing = known.preprocessing if hosts.height_and_width(image_size) in (None, known.preprocessing.crop) else None
     host = hosts.record(model, options)
     for_images = hosts.preprocessing(model, preprocessing, image_size)
     if (kind := str(next(model.parameters()).dtype).removeprefix("torch.")) not in _DTYPES:
@@ -210,6 +223,11 @@ def bundle_in(folder: str | PathLike[str]) -> Path:
     """The folder, or the bundle `best` in it where it is one that `squeezevit train` wrote."""
     path = Path(folder)
     return path / "best" if not (path / CARD).is_file() and (path / "best" / CARD).is_file() else path
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder is a bundle of torch's, from which others are made."""
+    return (folder / CARD).is_file() and (folder / WEIGHTS).is_file()
 
 
 def read_card(folder: str | PathLike[str]) -> Card:

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from squeezevit.data.pixels import INTERPOLATIONS, Preprocessing
 from squeezevit.errors import ConfigError, MissingExtraError, UnsupportedError
 
 Values = dict[str, Any]
+_TOLD = ("num_classes", "global_pool", "img_size", "dynamic_img_size", "dynamic_img_pad")  # by a model of timm
 REMEDIES = {  # what to do where a model cannot be told from its attributes
     "timm": "give options= what timm.create_model was called with beside the name, as {'class_token': False}; merge adapters first",
     "transformers": "its config must describe it: undo what was changed after it was built, and merge adapters first",
@@ -40,6 +42,46 @@ def record(model: nn.Module, options: Mapping[str, Any] | None) -> Values:
         return {"library": library, **json.loads(json.dumps(_RECORDS[library](model, given)))}
     except TypeError as error:
         raise ConfigError(f"options={given!r} do not go into a file ({error}); give numbers, texts and lists") from error
+
+
+def options_of(host: Mapping[str, Any]) -> Values | None:
+    """What `record` was given beside what a model tells itself."""
+    if "options" not in host:
+        return None
+    return {"name": host["name"], **{key: value for key, value in host["options"].items() if key not in _TOLD}}
+
+
+def prepare_(model: Any, how: Preprocessing) -> None:
+    """Let timm's own functions prepare photographs for a model of timm as its bundle says."""
+    if isinstance(cfg := getattr(model, "pretrained_cfg", None), dict):
+        cfg.update(data_options(how))
+
+
+def data_options(how: Preprocessing) -> Values:
+    """As timm says it; the resizing only where timm can."""
+    found: Values = {"mean": how.mean, "std": how.std, "interpolation": how.interpolation}
+    resized = how.resize if isinstance(how.resize, tuple) else (how.resize, how.resize)
+    (height, width), share = how.crop, how.crop[0] / (resized[0] + 0.5)
+    square = isinstance(how.resize, int) and height == width
+    if resized == how.crop:
+        return found | {"crop_pct": 1.0, "crop_mode": "center" if square else "squash"}
+    if (math.floor(height / share), math.floor(width / share)) == resized and (square or isinstance(how.resize, tuple)):
+        return found | {"crop_pct": share, "crop_mode": "center" if square else "squash"}
+    return found
+
+
+def other_than_usual(name: str, how: Preprocessing) -> Values:
+    """What timm.create_model has to be told, as pretrained_cfg_overlay, for a model to have photographs so; {} where nothing."""
+    from timm.data.config import resolve_data_config
+    from timm.models import get_pretrained_cfg
+
+    known = get_pretrained_cfg(name)
+    usual = resolve_data_config(pretrained_cfg={} if known is None else known.to_dict()) | {"input_size": (3, *how.crop)}
+    try:
+        same = _of_data_config(usual) == replace(how, upright=True)
+    except ConfigError:
+        same = False
+    return {} if same else {k: list(v) if isinstance(v, tuple) else v for k, v in data_options(how).items()}
 
 
 def build(host: Mapping[str, Any]) -> nn.Module:
@@ -131,12 +173,18 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 }  # fmt: skip
 
 
+def height_and_width(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (
+        (image_size, image_size) if isinstance(image_size, int) else None if image_size is None else (image_size[0], image_size[1])
+    )
+
+
 def preprocessing(model: nn.Module, given: Any, image_size: int | tuple[int, int] | None) -> Preprocessing:
     """How photographs are made ready for a model; see `squeezevit.bundle.save`. Raises ConfigError where nobody says."""
     about = description_of(model)
-    size = about.image_size if image_size is None else (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = height_and_width(image_size) or about.image_size
     found = _read(model, given, (int(size[0]), int(size[1])))
-    if image_size is not None and found.crop != tuple(size):
+    if image_size is not None and found.crop != size:
         raise ConfigError(f"image_size={image_size!r}, and preprocessing cuts out {found.crop}; give one of them, or the same size")
     return found
 

@@ -2,12 +2,15 @@
 
 import os
 import platform
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import typer
 
@@ -28,10 +31,27 @@ app = typer.Typer(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 where all went well, 130 where interrupted, and with a message of one screen 2 where the input was
-    bad, 70 where the fault is ours."""
-    with screen.opened():
+    """Entry point. Exit codes: 0 where all went well, 130 where interrupted, 143 where terminated, and with a message of one screen
+    2 where the input was bad, 70 where the fault is ours."""
+    with screen.opened(), _terminated():
         sys.exit(_run(argv))
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what is half written is cleared away."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(argv: list[str] | None) -> int:
@@ -203,7 +223,7 @@ def bench(
         raise ConfigError(f"--time {text} is planned for the model as it is, not compiled; leave --compile out, or give --macs")
     rows_of, shares, stages = inputs.methods_named(methods), options.ratios(text, f"--{budget}"), options.blocks(at)
     wanted = inputs.Wanted(source, model, image_size=image_size)
-    net, own = inputs.to_measure(wanted, device, threads, batch_size)
+    net, own, size = inputs.to_measure(wanted, device, threads, batch_size)
     asked = [(row, 1.0) for row in rows_of if row.name == "identity"]
     asked += [(row, share) for share in shares for row in rows_of if row.name != "identity"]
     with screen.steps() as report:
@@ -211,19 +231,17 @@ def bench(
         for row, share in asked:
             report("finding what costs the same", len(reducers), len(asked))
             if budget == "keep" or row.name == "identity":
-                reducers.append(like(net, row.name, share, stages, image_size))
+                reducers.append(like(net, row.name, share, stages, size))
             else:
                 own_at = stages if inputs.takes_stages(row.name) else None
                 reducers.append(
                     plan_for(
-                        net, row.name, **{"macs" if budget == "macs" else "latency": share}, at=own_at, image_size=image_size,
+                        net, row.name, **{"macs" if budget == "macs" else "latency": share}, at=own_at, image_size=size,
                         batch_size=batch_size, precision=precision,
                     )
                 )  # fmt: skip
         reducers += own
-        speeds = measure(
-            net, reducers, batch_size, image_size, rounds, precision, compiled=compiled, progress=partial(report, "rounds")
-        )
+        speeds = measure(net, reducers, batch_size, size, rounds, precision, compiled=compiled, progress=partial(report, "rounds"))
     # of the multiply-adds or of the time; what was found is `macs_share`, or follows from `speedup`
     key = {"keep": "keep", "macs": "asked_share", "time": "asked_time_share"}[budget]
     told = [{"method": row.name, "label": row.label, "keep": None, key: share} for row, share in asked]
@@ -234,7 +252,7 @@ def bench(
         **header(device), "model": name, "batch_size": batch_size, "rounds": rounds, "precision": precision, "compiled": compiled,
     }  # fmt: skip
     screen.print_bench(rows, setting)
-    inputs.write_json(json_file, {**setting, "image_size": image_size, "rows": rows})
+    inputs.write_json(json_file, {**setting, "image_size": size, "rows": rows})
 
 
 @app.command(cls=options.Command)
@@ -300,7 +318,7 @@ def show(
     macs: options.Macs = None,
     latency: options.Latency = None,
     at: options.At = None,
-    image_size: options.ShorterSide = 224,
+    image_size: options.ShorterSide = None,
     upright: options.Upright = True,
     style: options.DrawingStyle = "mean",
     animate: options.Animation = None,
@@ -328,6 +346,9 @@ def show(
         ready = inputs.ready(wanted)
         inputs.note_untrained(ready)
         reducer, suffix = str(ready.reducer), ready.method.replace("+", "-").lower()
+        if ready.card is not None:
+            image_size, upright = image_size or min(ready.card.preprocessing.crop), upright and ready.card.preprocessing.upright
+        image_size = image_size or 224
         drawer = partial(draw, ready.net, ready.reducer, image_size=image_size, style=cast(Any, style))
     else:
         from squeezevit.report.prompt import draw_vlm
@@ -402,11 +423,11 @@ def plan(
         return
     if pretrained or checkpoint is not None:
         raise ConfigError("--pretrained and --checkpoint change no count and no time; leave them out, or give --calibrate FOLDER")
-    net, _ = inputs.to_measure(inputs.Wanted(source, model, image_size=image_size), device, threads, batch_size)
+    net, _, size = inputs.to_measure(inputs.Wanted(source, model, image_size=image_size), device, threads, batch_size)
     with screen.steps() as report:
         made = make_plan(
             net, name, macs=macs, latency=latency, images_per_second=images_per_second, batch_size=batch_size,
-            image_size=image_size, precision=precision, at=stages, curve=curve, fresh=fresh, progress=report,
+            image_size=size, precision=precision, at=stages, curve=curve, fresh=fresh, progress=report,
         )  # fmt: skip
     screen.say(str(made))
     screen.say(f"To use it: sv.reduce_(model, {_pasted(made.reducer)})")
@@ -529,8 +550,9 @@ def _calibrated(
     screen.say(f"{found.reducer}\n{found.macs_share:.1%} of the multiply-adds, {found.tried} candidates")
     assert found.held_out is not None
     own, default = found.held_out
+    error = "" if found.held_out_error is None else f" ± {found.held_out_error:.4f}"
     screen.say(
         f"cosine of features with the unreduced model's, on the {len(tensors[1::2])} images not searched on: {own:.4f}; "
-        f"{default:.4f} with {found.default} (difference {own - default:+.4f} ± {found.held_out_error:.4f})"
+        f"{default:.4f} with {found.default} (difference {own - default:+.4f}{error})"
     )
     return {**asdict(found), "reducer": repr(found.reducer), "default": repr(found.default), "images": len(tensors)}

@@ -12,6 +12,7 @@ from squeezevit.errors import ConfigError
 
 if TYPE_CHECKING:
     from squeezevit.bundle import Card
+    from squeezevit.export.job import Wanted
 
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write; an old bundle is replaced whole.", file_okay=False)]
 Format = Annotated[str, typer.Option("--to", metavar="onnx|openvino|program|aoti", help="Format: what will run the model.")]
@@ -69,18 +70,21 @@ def export(
 
     Its outputs are compared with torch's, int8 on photographs that were held out, and its speed is measured beside torch's.
     """
+    from squeezevit.export import job
+
     inputs.check_json(json_file)
     if model is None and source is None:
         raise ConfigError("nothing says which model: give --from BUNDLE, or --model NAME")
     _check_calibration(int8, calibrate)
+    unread = job.UNREAD if int8 else None
+    asked = job.Wanted(to, unread, batch_size or None, precision, not no_scatter, with_groups, floor, exporter, features)
+    job.require(asked, out)
     wanted = inputs.Wanted(source, model, pretrained, checkpoint, method, keep, at, macs, latency, num_classes, image_size)
     ready = inputs.ready(replace(wanted, as_it_is=True))
     inputs.note_untrained(ready)
     written = export_model(
-        ready.net, out, card=ready.card, options=ready.options, preprocessing=ready.preprocessing, image_size=image_size,
-        classes=classes, to=to, calibrate=calibrate, images=images,
-        batch_size=batch_size or None, scatter=not no_scatter, groups=with_groups, floor=floor, precision=precision,
-        exporter=exporter, features=features, names=ready.classes,
+        ready.net, out, asked, card=ready.card, options=ready.options, preprocessing=ready.preprocessing, image_size=image_size,
+        classes=classes, names=ready.classes, calibrate=calibrate, images=images,
     )  # fmt: skip
     inputs.write_json(
         json_file, {"model": ready.name, "reducer": repr(ready.reducer), "exported": written.exported, **written.measured}
@@ -90,6 +94,7 @@ def export(
 def export_model(
     net: Any,
     out: Path,
+    asked: "Wanted",
     *,
     card: "Card | None" = None,
     options: dict[str, Any] | None = None,
@@ -99,25 +104,21 @@ def export_model(
     names: Sequence[str] | None = None,
     calibrate: Path | None = None,
     images: int = 256,
-    batch_size: int | None = 16,
-    **settings: Any,
 ) -> "Card":
     """Export a model that is ready, and say what came of it; returns the card that was written.
 
-    card: that of the bundle it comes from, None to ask the model; options, preprocessing and names of the classes: what the model
-    cannot tell. classes: a file with names that somebody gave. calibrate: the folder for int8, None for float. settings: as fields
-    of `squeezevit.export.job.Wanted`.
+    asked: with calibration images still to be read, if any. card: that of the bundle it comes from, None to ask the model; options,
+    preprocessing and names of the classes: what the model cannot tell. classes: a file with names that somebody gave. calibrate:
+    the folder for int8, None for float.
     """
     from squeezevit.bundle import card_of, named
     from squeezevit.data.classifier import classes_in
     from squeezevit.data.folder import given_classes
-    from squeezevit.export import engines
-    from squeezevit.export.job import Wanted, export_as
+    from squeezevit.export.job import export_as
 
-    engines.require(settings.get("to", "openvino"), calibrate is not None)
     if card is not None and classes is not None and card.classes is not None:
         raise ConfigError(f"--classes {classes}: the bundle brings its classes; leave --classes out")
-    if settings.get("features") and classes is not None:
+    if asked.features and classes is not None:
         raise ConfigError(f"--classes {classes}: with --features no classes are put out; leave one of them out")
     names = names if classes is None else given_classes(classes)
     if card is None:
@@ -126,7 +127,7 @@ def export_model(
         card = named(card, names, classes_in(net))
     with screen.steps() as report:
         int8 = None if calibrate is None else _calibration(calibrate, images, card.preprocessing, report)
-        written = export_as(net, out, card, Wanted(int8=int8, batch=batch_size, **settings), report)
+        written = export_as(net, out, card, replace(asked, int8=int8), report)
     _tell(out, written)
     return written
 
@@ -135,6 +136,8 @@ def _check_calibration(int8: bool, calibrate: Path | None) -> None:
     """Raises ConfigError where one of the two options lacks the other."""
     if int8 and calibrate is None:
         raise ConfigError("--int8 is calibrated on photographs: give --calibrate FOLDER, with 100 or more like those it will see")
+    if calibrate is not None and not calibrate.is_dir():
+        raise ConfigError(f"--calibrate {calibrate}: there is no such folder; name one with 100 or more photographs")
     if calibrate is not None and not int8:
         raise ConfigError(f"--calibrate {calibrate} is for --int8; give that, too, or leave both out")
 
@@ -161,5 +164,7 @@ def _tell(out: Path, card: "Card") -> None:
             f"on {measured['images']} images: mean cosine {measured['cosine']:.4f}, lowest {measured['lowest_cosine']:.4f}, the "
             f"largest output the same for {measured['agreement']:.1%}"
         ]
+    if "groups" in measured:
+        lines += [f"{measured['groups']:.1%} of the patches end in the token that torch puts them in"]
     lines += [f"{speed['speedup_best']:.2f} times as fast as torch fp32 unreduced (median {speed['speedup']:.2f})"]
     screen.say("\n".join([*lines, f"\nWritten: {out}   try it: python {out / 'run.py'} photo.jpg"]))

@@ -69,33 +69,37 @@ def found(name: str, pretrained: bool, num_classes: int | None, image_size: int 
     return libraries.Found(create_model(name, pretrained, chosen).eval(), None)
 
 
-def to_measure(wanted: "Wanted", device: str, threads: int | None, batch_size: int) -> tuple[Any, list[Any]]:
+def to_measure(wanted: "Wanted", device: str, threads: int | None, batch_size: int) -> tuple[Any, list[Any], Any]:
     """A model to measure, unreduced, on its device: a bundle's, with the bundle's reducer, or one whose weights are random, which
-    changes nothing."""
+    changes nothing; and for which size of images, None for what the model is set up for."""
     import torch
 
     from squeezevit import restore_
+    from squeezevit.core.cut import description_of
     from squeezevit.data.models import to_device
 
     if threads is not None:
         torch.set_num_threads(threads)
+    size: Any = wanted.image_size
     if wanted.source is None:
         net = create(wanted.model or MEASURED, False, None, wanted.image_size)
     else:
-        net = opened(wanted.source, wanted)[0]
+        net, card = opened(wanted.source, wanted)
+        size = card.preprocessing.crop if card.preprocessing.crop != description_of(net).image_size else None
     state = vars(net).get("squeezevit_state")
     own = [] if state is None else [state.reducer]
     restore_(net)
-    require_room(net, batch_size)
-    return to_device(net, device), own
+    require_room(net, batch_size, size)
+    return to_device(net, device), own, size
 
 
-def require_room(net: Any, batch_size: int) -> None:
+def require_room(net: Any, batch_size: int, size: Any = None) -> None:
     """Raises ConfigError where not even the images fit: a system that is out of memory kills without a word."""
     from squeezevit.core.cut import description_of
 
     about = description_of(net)
-    needed = 4 * batch_size * about.channels * about.image_size[0] * about.image_size[1]
+    height, width = about.image_size if size is None else (size, size) if isinstance(size, int) else size
+    needed = 4 * batch_size * about.channels * height * width
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     if needed > there:
         raise ConfigError(

@@ -215,7 +215,12 @@ Compiled = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", dir_okay=False)]
 Images = Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", show_default=False)]
 Data = Annotated[Path, typer.Option(help="ImageFolder tree: FOLDER/val/<class>/*.jpg, or FOLDER/<class>/*.jpg.")]
-ShorterSide = Annotated[int, typer.Option(help="Pixels of the shorter side, rounded to whole patches.", min=1, max=2048)]
+ShorterSide = Annotated[
+    int | None,
+    typer.Option(
+        help="Pixels of the shorter side, rounded to whole patches.", min=1, max=2048, show_default="224, or the bundle's"
+    ),
+]
 DrawingStyle = Annotated[
     str, typer.Option("--style", metavar="mean|outlines", help="Groups in their mean colours, or outlined with their hosts.")
 ]

@@ -16,7 +16,7 @@ from squeezevit.compare.ranks import ranks
 from squeezevit.core.attach import reduce_as_needed_, restore_
 from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import Reducer
-from squeezevit.core.running import Progress, answer
+from squeezevit.core.running import Progress, embedded
 from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.reducers import Identity
 from squeezevit.reducers.catalog import Method, label_of, method, methods
@@ -83,6 +83,10 @@ def compare(
     share: 1 and the number of methods told to be better (`ranks`). Raises ConfigError where all are out of reach, and
     UnsupportedError where the model puts out something else than a row an image.
     """
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.shape != (n := sum(map(len, batches)),):
+            raise ConfigError(f"labels are {list(labels.shape)} for {n} images; give one for each, [{n}]")
     heads = model._modules.get("token_reducer")  # of the model's own reducer, which ranks as they learned to
     restore_(model.eval())
     points = [Point("identity", method("identity").label, 1.0, Identity())]
@@ -179,7 +183,7 @@ def _outputs(model: nn.Module, batches: Sequence[Tensor], what: str, progress: P
     about, found = description_of(model), list[np.ndarray]()
     runs: Any = about.tower or model
     for batch in batches:
-        out = answer(runs(*about.given(batch), **about.named(batch)))
+        out = embedded(model, runs(*about.given(batch), **about.named(batch)))
         if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(batch):
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise UnsupportedError(

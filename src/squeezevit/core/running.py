@@ -106,6 +106,16 @@ def answer(out: Any) -> Any:
     return next(named, out)
 
 
+def embedded(model: nn.Module, out: Any) -> Any:
+    """`answer` of what a model, or its tower, put out; a tower's goes on into the space that the whole model shares with texts.
+
+    That is transformers' CLIPModel, whose forward takes texts, too: [B, width] -> [B, projection].
+    """
+    found, project = answer(out), getattr(model, "visual_projection", None)
+    alone = description_of(model).tower is not None and getattr(out, "image_embeds", None) is None
+    return project(found) if alone and isinstance(project, nn.Module) and isinstance(found, Tensor) else found
+
+
 def pooled(out: Any) -> Tensor:
     """Of a model's output, one vector an image: what stands for it, or its first token."""
     found = answer(out)

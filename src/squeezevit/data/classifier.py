@@ -1,6 +1,7 @@
 """What stands behind a model's features: how many classes it puts out, and the model without what makes them."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import nn
 
@@ -42,13 +43,24 @@ def is_name(text: str) -> bool:
     return bool(text.strip()) and printable(text) == text
 
 
+def name_classes_(model: Any, names: Sequence[str]) -> None:
+    """Let `class_names` know them, for as long as the model has the classifier that it has now."""
+    for head in (getattr(model, name, None) for name in _HEADS):
+        if isinstance(head, nn.Module):
+            head.squeezevit_classes = tuple(names)  # type: ignore[assignment]
+
+
 def class_names(model: Any) -> tuple[str, ...] | None:
-    """What a config of transformers calls the classes; None where it calls them LABEL_0, LABEL_1, or says nothing of use.
+    """What `name_classes_`, or a config of transformers, calls the classes; None where nobody says, or but LABEL_0, LABEL_1.
 
     >>> from transformers import ViTConfig, ViTForImageClassification
     >>> class_names(ViTForImageClassification(ViTConfig(num_hidden_layers=1, id2label={0: "cat", 1: "dog"})))
     ('cat', 'dog')
     """
+    for head in (getattr(model, name, None) for name in _HEADS):
+        told = getattr(head, "squeezevit_classes", None)
+        if told is not None and len(told) == classes_in(model):
+            return cast(tuple[str, ...], told)
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not names or len(names) != classes_in(model):
         return None

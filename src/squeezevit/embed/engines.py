@@ -12,7 +12,7 @@ from torch import Tensor
 
 from squeezevit.bundle import ENGINES, Card, bundle_in, model_of, read_card
 from squeezevit.core.cut import description_of
-from squeezevit.core.running import OUTPUTS, answer
+from squeezevit.core.running import OUTPUTS, embedded
 from squeezevit.data.classifier import without_classifier_
 from squeezevit.data.models import to_device
 from squeezevit.errors import ConfigError, UnsupportedError
@@ -137,14 +137,14 @@ def _of_torch(folder: Path, card: Card, threads: int | None, features: bool, com
     def run(images: np.ndarray) -> np.ndarray:
         x = torch.tensor(images, device=device, dtype=kind)  # a copy where torch wants it: the same numbers wherever the array lies
         with torch.inference_mode():
-            return _first(runs(*about.given(x), **about.named(x)), folder).float().cpu().numpy()
+            return _first(model, runs(*about.given(x), **about.named(x)), folder).float().cpu().numpy()
 
     return run
 
 
-def _first(out: Any, folder: Path) -> Tensor:
+def _first(model: Any, out: Any, folder: Path) -> Tensor:
     """What stands for a photograph among what a model puts out."""
-    found = answer(out)
+    found = embedded(model, out)
     if not isinstance(found, Tensor) and isinstance(out, tuple | list) and out:
         found = out[0]
     if isinstance(found, Tensor):

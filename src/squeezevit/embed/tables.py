@@ -137,6 +137,7 @@ class Journal:
     def forget(self) -> None:
         """Take the journal away: its table is in place, or what is done is of no use."""
         self.close()
+        (self.folder / "run.json").unlink()  # first: without it what is left of the folder is no run, and is begun anew
         shutil.rmtree(self.folder)
 
     def close(self) -> None:

@@ -120,6 +120,8 @@ def _rows(card: Card) -> list[str]:
             ("mean cosine to torch, on images held out", f"{measured['cosine']:.4f}, lowest {measured['lowest_cosine']:.4f}"),
             ("the largest output is the same for", f"{measured['agreement']:.1%} of {measured['images']} images"),
         ]
+    if "groups" in measured:
+        rows += [("patches that end in the token that torch puts them in", f"{measured['groups']:.1%}")]
     best = {name: f"{1000 * s['min']:.1f} ms (median {1000 * s['median']:.1f})" for name, s in speed["seconds"].items()}
     rows += [
         (f"torch fp32 unreduced, a batch of {speed['batch']}", best["torch_unreduced"]),

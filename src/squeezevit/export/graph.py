@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from squeezevit.core import ops
 from squeezevit.core.cut import description_of
-from squeezevit.core.running import answer, images, share_weights, without_hooks
+from squeezevit.core.running import embedded, images, share_weights, without_hooks
 from squeezevit.core.trace import Trace, trace
 from squeezevit.data.classifier import without_classifier_
 from squeezevit.errors import UnsupportedError
@@ -60,7 +60,7 @@ class Exportable(nn.Module):
 
     def _run(self, images: Tensor) -> Tensor:
         runs: Any = self.about.tower or self.model
-        out = answer(runs(*self.about.given(images), **self.about.named(images)))
+        out = embedded(self.model, runs(*self.about.given(images), **self.about.named(images)))
         return out if isinstance(out, Tensor) else out[0]
 
 
@@ -74,7 +74,8 @@ def capture(module: Exportable, batch: int | None, size: tuple[int, int], scatte
     try:
         with quietly(), torch.no_grad(), without_hooks(module.model), _form(scatter), _unmasked(module.model):
             program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
-            program = _plain(_replaced(program, {} if scatter else _PRODUCTS))
+            table = ({} if scatter else _PRODUCTS) | (_CROWDED if _crowded(program) else {})
+            program = _plain(_replaced(program, table))
     except Exception as error:  # whatever the capture stumbles over
         raise UnsupportedError(
             f"torch.export cannot capture this {type(module.model).__name__} at {size[0]} x {size[1]} pixels ({reason(error)}); "
@@ -177,6 +178,37 @@ def _replaced(program: ExportedProgram, table: dict[Any, Callable[..., Any]]) ->
     return program.run_decompositions(dict(table)) if found & {*table} else program
 
 
+def _crowded(program: ExportedProgram) -> bool:
+    """Whether an attention has as many tokens as heads, which OpenVINO takes for each other where the batch is fixed."""
+    inputs = [n.args[0] for graph in _graphs(program) for n in graph.nodes if n.target is _ATTENTION]
+    return any(_as_many(getattr(node, "meta", {}).get("val")) for node in inputs)
+
+
+def _as_many(query: Any) -> bool:
+    return isinstance(query, Tensor) and query.dim() == 4 and query.shape[1] == query.shape[2]
+
+
+def _by_head(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention whose heads are images of their own, so that a runtime cannot take tokens for heads."""
+    if not _as_many(query) or is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == torch.bool):
+        return NotImplemented
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))  # [B * H, T, D]
+    weights = (q * (query.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(1, 2)
+    if attn_mask is not None:
+        weights = weights + attn_mask.expand(*query.shape[:3], key.shape[2]).flatten(0, 1)
+    return (weights.softmax(dim=-1) @ v).unflatten(0, query.shape[:2])
+
+
 def _scatter_add(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
     return x + _brought(_one_hot(x, dim, index), dim, rows).to(x.dtype)
 
@@ -215,6 +247,8 @@ def _one_hot(x: Tensor, dim: int, index: Tensor) -> Tensor:
     return index.movedim(dim, -1)[..., None] == torch.arange(x.shape[dim], device=x.device)
 
 
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_CROWDED: dict[Any, Callable[..., Any]] = {_ATTENTION: _by_head}
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.scatter_add.default: _scatter_add,
     torch.ops.aten.scatter.src: _scatter,

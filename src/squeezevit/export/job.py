@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from squeezevit.bench.machine import command, machine, now
-from squeezevit.bundle import ENGINES, Card, card_of, with_reducer_of
+from squeezevit.bundle import CARD, ENGINES, Card, card_of, holds_weights, with_reducer_of
 from squeezevit.bundle import write as write_bundle
+from squeezevit.bundle.whole import require_free
 from squeezevit.core.block import state_of
 from squeezevit.core.running import Progress, images
 from squeezevit.data.classifier import classes_in
@@ -25,6 +26,7 @@ FLOOR = 0.9  # of the mean cosine to torch, where bits are left out
 EXPORTERS = ("dynamo", "torchscript")  # of torch, to ONNX
 FEWEST = 4  # images to calibrate on, of which half are held out
 _TIMED = 16  # images a batch where any number fits
+UNREAD = (torch.empty(0),) * FEWEST  # in place of calibration images, while what is asked for is looked at without them
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,20 @@ def export(
 
 def export_as(model: nn.Module, folder: Path, card: Card, wanted: Wanted, progress: Progress | None = None) -> Card:
     """`export` of a model whose card is known already; returns the card that was written."""
-    engines.require(wanted.to, wanted.int8 is not None)
+    require(wanted, folder)
     card = with_reducer_of(model, card)
     _require_fit(model, card, wanted)
     new = replace(card, classes=None if wanted.features else card.classes, engine=wanted.to, exported={}, measured={})
     write_bundle(folder, new, partial(_fill, model, new, wanted, progress or _silent))
     return new
+
+
+def require(wanted: Wanted, folder: Path) -> None:
+    """Raise, before there is a model, what `export` raises whatever the model is."""
+    engines.require(wanted.to, wanted.int8 is not None)
+    if holds_weights(folder):
+        raise ConfigError(f"{folder} holds a bundle with weights, which an export would replace; choose another folder")
+    require_free(folder, CARD, "bundle")
 
 
 def _require_fit(model: nn.Module, card: Card, wanted: Wanted) -> None:

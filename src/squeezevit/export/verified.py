@@ -56,7 +56,7 @@ def agree(module: Exportable, run: Run, x: Tensor, batch: int | None) -> dict[st
             raise UnsupportedError(
                 f"the written model gives other numbers than torch: {errors.max():.2g} of the largest output for "
                 f"{int(wrong.sum())} of {n} images, at most {TOLERANCE:g} is rounding. Its runtime gets something of this model "
-                "wrong: take another format, scatter=False (--no-scatter), or another reducer"
+                "wrong: take another format, batch_size=None (--batch-size 0), scatter=False (--no-scatter), or another reducer"
             )
         worst, seen = max(worst, float(errors.max())), seen + n
     if 4 * ties > seen:
@@ -88,17 +88,21 @@ def _tied(module: Exportable, x: Tensor, right: list[np.ndarray]) -> np.ndarray:
 def close(module: Exportable, run: Run, x: Tensor, batch: int | None, floor: float) -> dict[str, Any]:
     """Hold a model of fewer bits against torch: cosine of each image's outputs, and how often the largest is the same.
 
-    Returns {"cosine", "lowest_cosine", "agreement", "images"}. Raises UnsupportedError where the mean cosine is below the floor.
+    Returns {"cosine", "lowest_cosine", "agreement", "images"}, and of a model that puts out groups {"groups"}, the share of patches
+    that end in the same token. Raises UnsupportedError where the mean cosine is below the floor.
     """
     size = batch or 16
-    found = np.concatenate([run(padded(part.numpy(), batch))[0][: len(part)] for part in x.split(size)])
-    right = np.concatenate([expected(module, part)[0] for part in x.split(size)])
+    out = [[part[: len(images)] for part in run(padded(images.numpy(), batch))] for images in x.split(size)]
+    told = [expected(module, images) for images in x.split(size)]
+    (found, *others), (right, *true) = ([np.concatenate(parts) for parts in zip(*each, strict=True)] for each in (out, told))
     a, b = (v.reshape(len(v), -1).astype(np.float64) for v in (found, right))
     cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
     figures = {
         "cosine": float(cosine.mean()), "lowest_cosine": float(cosine.min()),
         "agreement": float((a.argmax(1) == b.argmax(1)).mean()), "images": len(x),
     }  # fmt: skip
+    if module.groups:
+        figures["groups"] = float(np.mean([np.mean(mine == its) for mine, its in zip(others, true, strict=True)]))
     if not figures["cosine"] >= floor:
         raise UnsupportedError(
             f"on {len(x)} images that were not calibrated on the mean cosine to torch is {figures['cosine']:.3f} (lowest "

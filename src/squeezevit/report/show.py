@@ -116,7 +116,8 @@ def _course(stages: Sequence[StageGroups]) -> str:
         return ""
     counts = [(stage.reserved + stage.removed, stage.reserved) for stage in stages]
     (n, first), where = counts[0], "one stage" if len(stages) == 1 else f"each of {len(stages)} stages"
-    for share, words in (*_SHARES.items(), (first / n, f"{100 * first / n:.0f} %")):
+    nearest = dict(sorted(_SHARES.items(), key=lambda known: abs(known[0] - first / n)))
+    for share, words in (*nearest.items(), (first / n, f"{100 * first / n:.0f} %")):
         if all(abs(k - share * n) <= 1 for n, k in counts):
             return f"{words} of the tokens at {where}"
     return f"from {n} to {counts[-1][1] + stages[-1].extra} tokens in {len(stages)} stages"

@@ -6,6 +6,7 @@ from os import PathLike
 from typing import Any, cast
 
 from squeezevit.bundle import CLASSES, WEIGHTS, bundle_in, read_card
+from squeezevit.bundle.hosts import other_than_usual
 from squeezevit.core.reducer import Staged
 from squeezevit.errors import ConfigError
 from squeezevit.reducers.catalog import from_dict, label_of, methods
@@ -35,6 +36,8 @@ def from_bundle(folder: str | PathLike[str], given: Mapping[str, Any]) -> dict[s
     if height != width:
         raise ConfigError(f"--from {path} is for images of {height} x {width} pixels, and train makes square ones; give another")
     options = {key: value for key, value in card.host["options"].items() if key not in ("num_classes", "img_size")}
+    if other := other_than_usual(card.host["name"], card.preprocessing):
+        options["pretrained_cfg_overlay"] = other
     values = {"model.name": card.host["name"], "model.checkpoint": str(path / WEIGHTS), "model.image_size": height}
     values |= {"model.options": options, "model.pretrained": False, "data.upright": card.preprocessing.upright}
     if card.classes is not None and not given.get("model.new_head"):
