@@ -27,15 +27,28 @@ from training import Recipe, logits, train
 from workshop import RESULTS, arguments, say, untrained
 
 AT = (2, 4, 6, 8)
+QUARTERS = (0, 3, 6, 9)  # one block later for reducers that work before a block, so that as many blocks are whole
 SHARES = (0.5, 0.35)
+WAYS = ("warm", "topk", "quarters")
 METHODS = ("etps", "etps+mass", "dtps", "dtps:topk", "dtps:warm", "dtps:warm:topk", "evit", "dynamicvit", "topk", "tome", "random")
+KNOWN = tuple(dict.fromkeys([*METHODS, *untrained()]))
+
+
+def known(method: str) -> str:
+    name, *ways = method.split(":")
+    if method not in KNOWN and (name not in KNOWN or not {*ways} <= {*WAYS}):
+        raise argparse.ArgumentTypeError(f"{method!r} is none of {', '.join(KNOWN)}, nor one with {', '.join(WAYS)} behind colons")
+    return method
 
 
 def make(method: str, share: float, task: Task, weights: Path | None) -> Reducer:
     """The reducer that costs this share of the unreduced model's MACs, its own cost included; at AT where it has no stages."""
     name, *ways = method.split(":")
-    own = getattr(catalog.method(name).template(), "at", None)
-    reducer = plan_macs(backbone(task, weights), name, share, AT if own is None else None)
+    template = catalog.method(name).template()
+    at = AT if getattr(template, "at", None) is None else None
+    if "quarters" in ways:
+        at = tuple(block + (getattr(template, "place", "") == "before") for block in QUARTERS)
+    reducer = plan_macs(backbone(task, weights), name, share, at)
     return replace(reducer, train="topk") if "topk" in ways else reducer
 
 
@@ -48,9 +61,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.methods:
         reducers = {"dense again": (1.0, sv.Identity()), **reducers}
     this = Answers(args, task, recipe, pictures, AT)
-    torch.manual_seed(args.seed)
     dense = sv.reduce_(backbone(task, args.weights), sv.Identity()).to(args.device)
-    how = train(dense, sv.Identity(), pictures, this.rest, recipe, None, args.seed)
+    how = begin(dense, pictures, this, recipe, args)
     this.note("dense", 1.0, sv.Identity(), dense, logits(dense, pictures, this.test), how)
     state = {k: v.clone() for k, v in dense.state_dict().items()}
     dense.eval().requires_grad_(False)
@@ -60,9 +72,26 @@ def run(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         sv.reduce_(model.to(args.device), reducer)
         before = warm(model, pictures, this.rest, args) if ":warm" in name else {}
-        how = before | train(model, reducer, pictures, this.rest, recipe, dense, args.seed)
+        how = before | train(model, reducer, pictures, this.rest, recipe, dense, args.seed, warmed=bool(before))
         this.note(name, share, reducer, model, logits(model, pictures, this.test), how)
         this.save()
+
+
+def begin(dense: nn.Module, pictures: Pictures, this: Answers, recipe: Recipe, args: argparse.Namespace) -> dict[str, object]:
+    """Train the unreduced model in place, or load what an earlier run of the same setting left in `--dense`."""
+    counts = ("dense_epochs", "batch_size", "dense_lr", "head_lr", "weight_decay", "smoothing", "precision")
+    setting = {"task": this.task.name, "fold": args.fold, "seed": args.seed, **{key: getattr(recipe, key) for key in counts}}
+    if args.dense and args.dense.exists():
+        left = torch.load(args.dense, weights_only=True)
+        if left["setting"] != setting:
+            raise SystemExit(f"{args.dense} is of {left['setting']}, and this run is of {setting}; name another file for --dense")
+        dense.load_state_dict(left["state"])
+        return left["how"]
+    torch.manual_seed(args.seed)
+    how = train(dense, sv.Identity(), pictures, this.rest, recipe, None, args.seed)
+    if args.dense:
+        torch.save({"setting": setting, "state": dense.state_dict(), "how": how}, args.dense)
+    return how
 
 
 def warm(model: nn.Module, pictures: Pictures, index: np.ndarray, args: argparse.Namespace) -> dict[str, object]:
@@ -82,12 +111,14 @@ def main() -> None:
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="for a first look: fewer, of both trainings")
-    parser.add_argument("--methods", nargs="*", choices=(*METHODS, *(name for name in untrained() if name not in METHODS)))
+    told = f"of {', '.join(KNOWN)}; with :warm or :topk where heads learn, with :quarters at {QUARTERS}"
+    parser.add_argument("--methods", nargs="*", type=known, help=told)
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the unreduced model's MACs")
     parser.add_argument("--head-lr", type=float, default=Recipe.head_lr)
     parser.add_argument("--keep-ratio", type=float, default=Recipe.keep_ratio, help="weight of the keep-ratio loss")
     parser.add_argument("--warm", type=int, default=300, help="batches of 64 that warm heads have before the training")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=Recipe.precision)
+    parser.add_argument("--dense", type=Path, help="where the unreduced model is kept, and taken from if it is there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune")
     args = parser.parse_args()
