@@ -42,6 +42,7 @@ FORMATS: dict[str, dict[str, Any] | None] = {
     "openvino bf16": {"to": "openvino", "precision": "bf16"},
     "onnx int8": {"to": "onnx", "int8": True},
     "openvino int8": {"to": "openvino", "int8": True},
+    "openvino int8 + bf16": {"to": "openvino", "int8": True, "precision": "bf16"},
 }
 
 

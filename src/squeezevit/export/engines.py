@@ -107,9 +107,13 @@ def _write_onnx(program: ExportedProgram, file: Path, outputs: list[str]) -> Non
 
 def _write_openvino(program: ExportedProgram, file: Path, outputs: list[str]) -> None:
     import openvino
+    from openvino.passes import ConstantFolding, Manager
 
     _write_onnx(program, file.with_name(ENGINES["onnx"]), outputs)
-    save_openvino(openvino.Core().read_model(file.with_name(ENGINES["onnx"])), file)
+    model, passes = openvino.Core().read_model(file.with_name(ENGINES["onnx"])), Manager()
+    passes.register_pass(ConstantFolding())
+    passes.run_passes(model)
+    save_openvino(model, file)
 
 
 def save_openvino(model: Any, file: Path) -> None:

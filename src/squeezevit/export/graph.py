@@ -19,6 +19,7 @@ from squeezevit.core.running import embedded, images, share_weights, without_hoo
 from squeezevit.core.trace import Trace, trace
 from squeezevit.data.classifier import without_classifier_
 from squeezevit.errors import UnsupportedError
+from squeezevit.export.apart import apart
 
 _WORDLESS = ("aten._assert_", "aten.sym_constrain_range", "aten.alias.")
 _MASK = "create_bidirectional_mask"
@@ -64,8 +65,12 @@ class Exportable(nn.Module):
         return out if isinstance(out, Tensor) else out[0]
 
 
-def capture(module: Exportable, batch: int | None, size: tuple[int, int], scatter: bool = True) -> ExportedProgram:
+def capture(
+    module: Exportable, batch: int | None, size: tuple[int, int], scatter: bool = True, folds: bool = False
+) -> ExportedProgram:
     """A program for so many images (None: any number) of one size; scatter=False: without a node that scatters.
+
+    folds: what runs it computes once what depends on weights alone, so that queries, keys and values may be `apart`.
 
     Raises UnsupportedError where torch.export cannot capture the model, or where something in it scatters all the same.
     """
@@ -74,6 +79,7 @@ def capture(module: Exportable, batch: int | None, size: tuple[int, int], scatte
     try:
         with quietly(), torch.no_grad(), without_hooks(module.model), _form(scatter), _unmasked(module.model):
             program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
+            program = apart(program) if folds else program
             table = ({} if scatter else _PRODUCTS) | (_CROWDED if _crowded(program) else {})
             program = _plain(_replaced(program, table))
     except Exception as error:  # whatever the capture stumbles over

@@ -161,7 +161,7 @@ def _fill(model: nn.Module, card: Card, wanted: Wanted, progress: Progress, fold
     outputs = module.names(len(verified.expected(module, noise[:1])))
     if wanted.exporter == "dynamo":
         progress("capturing", 0, 1)
-        program = capture(module, wanted.batch, size, wanted.scatter)
+        program = capture(module, wanted.batch, size, wanted.scatter, folds=wanted.to == "openvino")
         progress("converting", 0, 1)
         engines.write(program, wanted.to, folder, outputs)
     else:
