@@ -27,6 +27,7 @@ from squeezevit.embed.engines import open_engine
 from squeezevit.embed.job import predict
 from squeezevit.errors import ConfigError, MissingExtraError, UnsupportedError
 from squeezevit.export import engines, graph, quantised, verified
+from squeezevit.export.apart import apart
 from squeezevit.reducers.catalog import method, methods
 
 for package in ("onnxruntime", "onnxscript", "openvino", "nncf"):
@@ -86,9 +87,37 @@ def test_every_method_in_every_runtime(name, tmp_path: Path):
         assert figures == {"error": pytest.approx(0, abs=1e-5), "images": 8, "ties": 0}
     fixed = tmp_path / "fixed"
     fixed.mkdir()
-    engines.write(graph.capture(module, 4, (SIZE, SIZE)), "openvino", fixed, ["out"])
+    engines.write(graph.capture(module, 4, (SIZE, SIZE), folds=True), "openvino", fixed, ["out"])
     figures = verified.agree(module, engines.opened("openvino", fixed), photographs(4), 4)
     assert figures == {"error": pytest.approx(0, abs=1e-5), "images": 7, "ties": 0}
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("qk-norm", 1), ("eva02", 1), ("dinov3", 1), ("torchvision", 0), ("hf-vit", 0)])
+def test_queries_keys_and_values_apart(kind, layers):
+    """By three layers where they came out of one tensor, at any batch size; what a stage scores by, too."""
+    module = graph.Exportable(zoo.reduce(zoo.build(kind, depth=1), sv.Squeeze(keep=0.5, at=(0,), score="mrmr")))
+    size = (zoo.SIZE, zoo.SIZE)
+    whole, split = (graph.capture(module, None, size, folds=folds) for folds in (False, True))
+    a, b = ([str(node.target) for node in program.graph.nodes].count("aten.linear.default") for program in (whole, split))
+    assert b - a == 2 * layers
+    with torch.no_grad():
+        for program in (whole, split):
+            torch.testing.assert_close(program.module()(zoo.images(3))[0], module(zoo.images(3))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_of_which_more_than_three_parts_are_used_stays():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def forward(self, x):
+            out = self.qkv(x)
+            return out.chunk(3, dim=-1)[1] + out[..., :4]
+
+    x = torch.randn(2, 5, 4)
+    program = apart(torch.export.export(Odd().eval(), (x,), strict=False))
+    assert [str(n.target) for n in program.graph.nodes].count("aten.linear.default") == 1
 
 
 @pytest.mark.parametrize("reducer", [None, sv.Squeeze(keep=0.5, at=(0,), fuse="mass")])

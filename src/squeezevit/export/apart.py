@@ -57,7 +57,8 @@ def _split(graph: Graph, linear: Node, takers: list[tuple[list[Node], Node]]) ->
             part = parts[item.args[1]]  # type: ignore[index]
             with graph.inserting_before(item):
                 if hands_out.target is _aten.unbind.int:
-                    batch, tokens, _, heads, dim = steps[0].args[1]  # type: ignore[misc, union-attr]
+                    shape: Any = steps[0].args[1]
+                    batch, tokens, _, heads, dim = shape
                     part = _put(graph, _aten.reshape.default, (part, [batch, tokens, heads, dim]), like=steps[0])
                     part = _put(graph, _aten.transpose.int, (part, 1, 2), like=steps[1])
                 else:
