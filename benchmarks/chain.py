@@ -29,6 +29,7 @@ FORMATS: dict[str, dict[str, Any] | None] = {
     "torch fp32": None,
     "openvino fp32": {"to": "openvino"},
     "openvino int8": {"to": "openvino", "int8": True},
+    "openvino int8 + bf16": {"to": "openvino", "int8": True, "precision": "bf16"},
     "onnx int8": {"to": "onnx", "int8": True},
 }
 
