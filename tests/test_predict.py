@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import replace
@@ -182,6 +183,39 @@ def test_engines_agree_and_a_fixed_batch_is_padded(engine, shelf, photographs, t
     for first, *others in zip(*rows, strict=True):
         for other in others:
             assert (first["status"], first["class"]) == (other["status"], other["class"])
+
+
+def test_batches_side_by_side_give_the_same_table(engine, photographs, tmp_path):
+    """Two at a time, and an interrupted run goes on."""
+    met = threading.Barrier(2, timeout=60)
+
+    def call(images):
+        met.wait()
+        return engine.call(images)
+
+    two, settings = replace(engine, call=call, streams=2), Settings(3, workers=1)
+    predict([photographs], engine, tmp_path / "one.csv", settings)
+    predict([photographs], two, tmp_path / "two.csv", settings)
+    embed([photographs], engine, tmp_path / "one.npy", settings)
+
+    def stop(what, done, total):
+        if done >= 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed([photographs], replace(engine, streams=2), tmp_path / "two.npy", settings, progress=stop)
+    assert embed([photographs], replace(engine, streams=2), tmp_path / "two.npy", settings).resumed == 3
+    for suffix in ("csv", "npy"):
+        assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"two.{suffix}").read_bytes()
+
+
+def test_openvino_computes_batches_side_by_side(shelf, photographs, tmp_path):
+    pytest.importorskip("openvino")
+    one, two = open_engine(shelf / "openvino", threads=1), open_engine(shelf / "openvino", threads=2, streams=None)
+    assert (one.streams, two.streams, open_engine(shelf / "torch", streams=None).streams) == (1, 2, 1)
+    for name, opened in (("one", one), ("two", two)):
+        embed([photographs], opened, tmp_path / f"{name}.npy", Settings(4))
+    assert np.allclose(*(np.load(tmp_path / f"{name}.npy") for name in ("one", "two")), atol=1e-5)
 
 
 def test_compiled_is_torch(engine, shelf, monkeypatch):
@@ -525,6 +559,7 @@ def test_what_cannot_be_meant_is_refused_before_any_work(engine, shelf, photogra
         (lambda: open_engine(shelf / "onnx", "compiled"), ConfigError, "leave --engine out"),
         (lambda: open_engine(shelf / "torch", "tensorrt"), ConfigError, "not known"),
         (lambda: open_engine(shelf / "onnx", features=True), ConfigError, "squeezevit export --features"),
+        (lambda: open_engine(shelf / "onnx", streams=2), ConfigError, "takes one batch after another; leave streams out"),
         (lambda: open_engine(tmp_path / "empty"), CheckpointError, "no bundle"),
     ):
         with pytest.raises(kind, match=told):
@@ -574,3 +609,7 @@ def test_the_commands(shelf, photographs, tmp_path):
     assert told.exit_code == 0 and len(json.loads((tmp_path / "p.json").read_text())["rows"][0]["top"]) == 3
     told = CliRunner().invoke(app, ["embed", *given, "--out", str(tmp_path / "f.npy")], catch_exceptions=False)
     assert told.exit_code == 0 and np.load(tmp_path / "f.npy").shape == (9, DIM)
+    for command in ("predict", "embed"):
+        out = ["--out", str(tmp_path / "r.parquet")]
+        told = CliRunner().invoke(app, [command, *given, *out, "--streams", "2", "--engine-on", "ray"])
+        assert isinstance(told.exception, ConfigError) and "--streams 2 is of runs in this process" in str(told.exception)

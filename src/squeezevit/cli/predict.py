@@ -69,6 +69,12 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", help="CPU threads of the model.", min=1, max=1024, show_default="the engine's own choice"),
 ]
+Streams = Annotated[
+    int | None,
+    typer.Option(
+        "--streams", help="Batches that OpenVINO computes side by side.", min=1, max=256, show_default="the threads, at most 8"
+    ),
+]
 TopK = Annotated[int, typer.Option("--top-k", help="Likeliest classes a photograph.", min=1, max=1_000_000)]
 _RAY = "On Ray"
 EngineOn = Annotated[str, typer.Option("--engine-on", metavar="here|ray", help="Where it runs: in this process, or on Ray.")]
@@ -109,6 +115,7 @@ def predict(
     batch_size: Size = None,
     workers: Readers = None,
     threads: Threads = None,
+    streams: Streams = None,
     upright: Turned = None,
     draft: Draft = False,
     engine_on: EngineOn = "here",
@@ -129,6 +136,8 @@ def predict(
 
     settings = _settings(batch_size, workers, upright, draft)
     cluster = _cluster(engine_on, ray, actors, device, threads, shard, patience, column, names)
+    if cluster is not None and streams is not None:
+        raise ConfigError(f"--streams {streams} is of runs in this process; leave it out, or --engine-on ray")
     if cluster is not None:
         from squeezevit import scale
 
@@ -137,7 +146,7 @@ def predict(
         _tell_outcome(outcome)
         return
     with _going_on(), _counted() as report:
-        opened = job.open_engine(bundle, engine, threads)
+        opened = job.open_engine(bundle, engine, threads, streams=streams)
         done = job.predict(images, opened, out, settings, top_k, report)
     screen.table(
         [(row["file"], *_named(row)) for row in done.rows],
@@ -158,6 +167,7 @@ def embed(
     batch_size: Size = None,
     workers: Readers = None,
     threads: Threads = None,
+    streams: Streams = None,
     upright: Turned = None,
     draft: Draft = False,
     engine_on: EngineOn = "here",
@@ -178,6 +188,8 @@ def embed(
 
     settings = _settings(batch_size, workers, upright, draft)
     cluster = _cluster(engine_on, ray, actors, device, threads, shard, patience, column, names)
+    if cluster is not None and streams is not None:
+        raise ConfigError(f"--streams {streams} is of runs in this process; leave it out, or --engine-on ray")
     if cluster is not None:
         from squeezevit import scale
 
@@ -190,7 +202,7 @@ def embed(
         _tell_outcome(outcome)
         return
     with _going_on(), _counted() as report:
-        opened = job.open_engine(bundle, engine, threads, features=True)
+        opened = job.open_engine(bundle, engine, threads, features=True, streams=streams)
         done = job.embed(images, opened, out, settings, append, report)
     if not done.files:
         screen.say(

@@ -15,6 +15,7 @@ from squeezevit.core.cut import description_of
 from squeezevit.core.running import OUTPUTS, embedded
 from squeezevit.data.classifier import without_classifier_
 from squeezevit.data.models import to_device
+from squeezevit.embed.reading import usable_cores
 from squeezevit.errors import ConfigError, UnsupportedError
 from squeezevit.export.engines import identity, opened
 from squeezevit.export.verified import padded
@@ -27,7 +28,8 @@ class Engine:
     """A bundle's model, ready to run.
 
     name: "torch", "compiled", "onnx", "openvino", "program" or "aoti". card: what the bundle says of itself. id: SHA-256 of the
-    model's files, so that features of two models are never mixed. folder: where the bundle lies. call: the model itself.
+    model's files, so that features of two models are never mixed. folder: where the bundle lies. call: the model itself. streams:
+    how many threads may run it side by side.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Engine:
     id: str
     folder: Path
     call: Run
+    streams: int = 1
 
     @property
     def batch(self) -> int | None:
@@ -86,27 +89,32 @@ def open_engine(
     threads: int | None = None,
     features: bool = False,
     device: str = "cpu",
+    streams: int | None = 1,
 ) -> Engine:
     """The engine that runs a bundle; None: the one that it was exported to, and torch for one that was not.
 
     threads: of the CPU, None: the engine's own choice. features: what goes into the classifier is put out, in place of what comes
     from it; an exported model must have been exported without one. device: of torch, for a bundle of torch; exported models run on
-    the CPU.
+    the CPU. streams: batches that OpenVINO computes side by side, each on its share of the threads; `predict` and `embed` then give
+    it as many. None: one a thread, at most 8. Other engines take one after another.
 
     Raises what `squeezevit.bundle.read_card` raises, ConfigError for an engine that the bundle does not hold, a device that is not
-    there or a classifier that cannot be left out, MissingExtraError where the runtime is not installed, and CheckpointError where
-    it cannot open the model.
+    there, streams of another engine or a classifier that cannot be left out, MissingExtraError where the runtime is not installed,
+    and CheckpointError where it cannot open the model.
 
     >>> open_engine("my-vit").run(images).shape  # doctest: +SKIP
     (16, 1000)
     """
     path, card, name = choose(folder, engine, features, device)
+    side = streams or (min(threads or usable_cores(), 8) if name == "openvino" else 1)
+    if side > 1 and name != "openvino":
+        raise ConfigError(f"streams={side}: {path} is run by {name}, which takes one batch after another; leave streams out")
     if card.engine == "torch":
         call = _of_torch(path, card, threads, features, name == "compiled", device)
     else:
-        run = opened(name, path, card.exported.get("hint", "fp32"), threads)
+        run = opened(name, path, card.exported.get("hint", "fp32"), threads, side)
         call = lambda images: run(images)[0]  # noqa: E731
-    return Engine(name, card, identity(card.engine, path), path, call)
+    return Engine(name, card, identity(card.engine, path), path, call, side)
 
 
 def _chosen(folder: Path, card: Card, engine: str | None) -> str:

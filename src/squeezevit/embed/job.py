@@ -215,11 +215,9 @@ class _Run:
         start, before = time.perf_counter(), journal.done
         self._report(what, before, len(files))
         with decoding():
-            for group in self._read(files[before:]):
-                images = [image for _, image in group if isinstance(image, np.ndarray)]
-                results, features = self._results(images, turn)
-                found = iter(results)
-                rows = [row_of(name, image, found) for name, image in group]
+            side = self.engine.streams
+            answered = ahead(partial(self._answered, turn), self._read(files[before:]), side if side > 1 else 0, side)
+            for rows, features in answered:
                 journal.add(rows, features)
                 self._report(what, journal.done, len(files))
         return time.perf_counter() - start, len(files) - before
@@ -227,6 +225,14 @@ class _Run:
     def _report(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(what, done, total)
+
+    def _answered(
+        self, turn: Callable[[np.ndarray], tuple[list[Row], np.ndarray | None]], group: list[tuple[str, np.ndarray | str]]
+    ) -> tuple[list[Row], np.ndarray | None]:
+        """Rows of a batch of files, those that were not read among them, and features."""
+        results, features = self._results([image for _, image in group if isinstance(image, np.ndarray)], turn)
+        found = iter(results)
+        return [row_of(name, image, found) for name, image in group], features
 
     def _results(
         self, images: list[np.ndarray], turn: Callable[[np.ndarray], tuple[list[Row], np.ndarray | None]]

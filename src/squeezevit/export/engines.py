@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,13 @@ def write(program: ExportedProgram, to: str, folder: Path, outputs: list[str]) -
         ) from error
 
 
-def opened(to: str, folder: Path, hint: str = "fp32", threads: int | None = None) -> Run:
+def opened(to: str, folder: Path, hint: str = "fp32", threads: int | None = None, streams: int = 1) -> Run:
     """The written model in its runtime.
 
     hint: what OpenVINO computes in, a key of `HINTS`, as its own choice differs by processor. threads: of the CPU, None: the
-    runtime's own choice. Raises MissingExtraError where the runtime is not installed, and CheckpointError where it cannot open the
-    model.
+    runtime's own choice. streams: calls that OpenVINO computes side by side, from as many threads of the caller's, each with its
+    share of the processor; no other runtime does. Raises MissingExtraError where the runtime is not installed, and CheckpointError
+    where it cannot open the model.
     """
     file, (package, extra), open_ = folder / ENGINES[to], _RUNTIMES[to], _OPENERS[to]
     try:
@@ -74,7 +76,7 @@ def opened(to: str, folder: Path, hint: str = "fp32", threads: int | None = None
         raise MissingExtraError(f'{folder} is run by {package}: run `pip install "squeezevit[{extra}]"` ({error})') from error
     try:
         with quietly():
-            return open_(file, hint, threads)
+            return open_(file, hint, threads) if streams == 1 else _open_openvino(file, hint, threads, streams)
     except Exception as error:  # each runtime has its own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
@@ -153,16 +155,24 @@ def _open_onnx(file: Path, hint: str, threads: int | None) -> Run:
     return lambda images: session.run(None, {source: images})
 
 
-def _open_openvino(file: Path, hint: str, threads: int | None) -> Run:
+def _open_openvino(file: Path, hint: str, threads: int | None, streams: int = 1) -> Run:
     import openvino
 
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[hint], "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
-    request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
+    if streams > 1:
+        settings["NUM_STREAMS"] = streams
+    compiled, idle = openvino.Core().compile_model(file, "CPU", settings), SimpleQueue[Any]()
+    for _ in range(streams):
+        idle.put(compiled.create_infer_request())
 
     def run(images: np.ndarray) -> list[np.ndarray]:
-        return [value.copy() for value in request.infer({0: images}, share_inputs=True).values()]
+        request = idle.get()
+        try:
+            return [value.copy() for value in request.infer({0: images}, share_inputs=True).values()]
+        finally:
+            idle.put(request)
 
     return run
 
