@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import timm
 import torch
 
 import squeezevit as sv
+from squeezevit.bench import machine
 from squeezevit.bench.limit import Slice, SliceBefore
 from squeezevit.bench.machine import header, write_json
 from squeezevit.bench.run import _limit, measure
@@ -19,6 +21,7 @@ from squeezevit.core.macs import fake_trace, token_counts
 from squeezevit.core.running import share_weights
 from squeezevit.data.probe import cosine, extract, fit_probe
 from squeezevit.errors import ConfigError
+from squeezevit.export import quantised
 
 
 @pytest.fixture
@@ -145,3 +148,15 @@ def test_every_accelerator_is_waited_for(device, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
     alternate({"a": lambda: waited.append("ran")}, rounds=1, warmup=0, device=device)
     assert waited == [torch.device(device), "ran", torch.device(device)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "bits"), [("flags : fpu avx2 avx512f", 7), ("flags : fpu avx2 avx512_vnni", 8), ("Features : fp asimddp", 8), ("", 7)]
+)
+def test_what_the_processor_can_do_decides_the_bits_of_int8(flags, bits, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: f"processor : 0\n{flags}\nmodel name : X: 1\n")
+    assert quantised.weight_bits() == bits
+    found = machine.machine()
+    assert found["cpu"] == "X: 1" and found.get("instructions", "") == " ".join(
+        w for w in flags.split()[2:] if w not in ("fpu", "fp")
+    )

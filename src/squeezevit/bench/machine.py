@@ -16,6 +16,8 @@ _PACKAGES = (
     "openvino", "nncf",
 )  # fmt: skip
 
+_DECISIVE = set("avx2 avx512f avx_vnni avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimd asimddp i8mm bf16 sve".split())
+
 
 def header(device: torch.device | str = "cpu") -> dict[str, Any]:
     """How every results file begins: {"created", "command", "machine", "versions"}."""
@@ -28,10 +30,24 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
-    """Processor, cores, threads and device: {"cpu", "cores", "threads", "device"}."""
+    """Processor, cores, threads and device: {"cpu", "cores", "threads", "device"}; on Linux "instructions", too.
+
+    Those are what decides how fast a processor multiplies: two of the same name may differ by them.
+    """
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"cpu": _cpu(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(), "device": name}
+    told: dict[str, str | int] = {
+        "cpu": _cpu(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(), "device": name
+    }  # fmt: skip
+    if found := instructions():
+        told["instructions"] = " ".join(sorted(_DECISIVE & found))
+    return told
+
+
+def instructions() -> set[str]:
+    """What the processor can do, by the names of Linux; nothing elsewhere."""
+    found = [value.split() for name, value in _described() if name in ("flags", "Features")]
+    return set(found[0]) if found else set()
 
 
 def versions() -> dict[str, str]:
@@ -59,9 +75,14 @@ def _plain(value: Any) -> Any:
 
 
 def _cpu() -> str:
+    names = [value for name, value in _described() if name == "model name"]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _described() -> list[tuple[str, str]]:
+    """Lines of what Linux knows of the processor, as names and values."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return []
+    return [(name.strip(), value.strip()) for name, found, value in (line.partition(":") for line in lines) if found]

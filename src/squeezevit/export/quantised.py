@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from squeezevit.bench.machine import instructions
 from squeezevit.bundle import ENGINES
 from squeezevit.errors import UnsupportedError
 from squeezevit.export.engines import save_openvino
@@ -18,11 +19,7 @@ _WEIGHTED = ("MatMul", "Gemm", "Conv", "Einsum")
 
 def weight_bits() -> int:
     """8 where this CPU sums products of int8 in 32 bits (VNNI, AMX, Arm), else 7, as two products of 8 overflow its 16 bits."""
-    try:
-        known = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        known = ""
-    return 8 if any(word in known for word in ("vnni", "amx_int8", "asimddp")) else 7
+    return 8 if {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp"} & instructions() else 7
 
 
 def float_nodes(onnx_file: Path) -> list[str]:
