@@ -133,7 +133,7 @@ def wall_clock() -> None:
 
 def ladder() -> None:
     """Formats by budget: the speed-up over torch in fp32, unreduced, and the points of accuracy that it costs."""
-    rows = read("deploy")["rows"]
+    rows = read("deploy_vnni")["rows"]
     formats, shares = (list(dict.fromkeys(r[key] for r in rows)) for key in ("format", "share"))
     figure, axis = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
     width = 0.8 / len(shares)

@@ -220,10 +220,16 @@ EXPERIMENTS = {
         "The same for 9,216 and 16,384 patches.",
         dots("reducer", "of_unreduced", "patch_tokens", unit="memory, of unreduced", line=1),
     ),
-    "deploy": Experiment(
+    "deploy_vnni": Experiment(
         "Elsewhere",
         "Exported models",
-        "How fast and how true is a model in other runtimes?",
+        "How fast and how true is a model in other runtimes, on a processor with int8 products and bfloat16?",
+        OVER_TORCH,
+    ),
+    "deploy": Experiment(
+        "Elsewhere",
+        "Exported models on an older processor",
+        "The same on a processor that has neither.",
         OVER_TORCH,
     ),
     "deploy_168": Experiment(
