@@ -147,7 +147,7 @@ def ladder() -> None:
         for place, height, name in zip(places, heights, formats, strict=True):
             won = f"\n{0.0 - own[name]['loss']:+.1f}" if "loss" in own[name] else ""
             axis.text(place, height, f"{height:.1f}x{won}", ha="center", va="bottom", fontsize=7)
-    axis.set_xticks(range(len(formats)), formats)
+    axis.set_xticks(range(len(formats)), [name.replace(" ", "\n", 1) for name in formats])
     axis.set_ylabel("speed-up, batch 16, best round")
     axis.set_title("above each bar: speed-up, and where it was measured points of accuracy won or lost, same probe", fontsize=8)
     axis.margins(y=0.28)
