@@ -16,7 +16,9 @@ _PACKAGES = (
     "openvino", "nncf",
 )  # fmt: skip
 
-_DECISIVE = set("avx2 avx512f avx_vnni avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimd asimddp i8mm bf16 sve".split())
+_DECISIVE = set(
+    ["avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve"]
+)
 
 
 def header(device: torch.device | str = "cpu") -> dict[str, Any]:
