@@ -16,9 +16,9 @@ _PACKAGES = (
     "openvino", "nncf",
 )  # fmt: skip
 
-_DECISIVE = set(
-    ["avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve"]
-)
+_DECISIVE = {
+    "avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve",
+}  # fmt: skip
 
 
 def header(device: torch.device | str = "cpu") -> dict[str, Any]:
