@@ -593,7 +593,7 @@ def test_commands_measure_at_the_size_of_the_bundle(tmp_path, photographs, capsy
 def test_a_command_that_is_terminated_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     bundle = saved(tmp_path)
     monkeypatch.setattr(
-        importlib.import_module("squeezevit.export.job"), "capture", lambda *given: os.kill(os.getpid(), signal.SIGTERM)
+        importlib.import_module("squeezevit.export.job"), "capture", lambda *given, **how: os.kill(os.getpid(), signal.SIGTERM)
     )
     before = signal.getsignal(signal.SIGTERM)
     code, said = asked(capsys, "export", "--from", bundle, "--out", tmp_path / "out", "--to", "program", "--batch-size", 1)
