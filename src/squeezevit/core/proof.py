@@ -267,7 +267,8 @@ def _records_alike(t: _Trial) -> bool:
 
 
 def _require_close(t: _Trial, expected: Tensor, found: Tensor, complaint: str) -> None:
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    rounded = any("quantized" in type(module).__module__ for module in t.block.modules())  # by a scale of all tokens that are there
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) and not rounded else 5e-2
     same = expected.shape == found.shape
     if same and torch.allclose(expected, found, rtol=tolerance, atol=tolerance):
         return
