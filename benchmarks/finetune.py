@@ -36,7 +36,7 @@ KNOWN = tuple(dict.fromkeys([*METHODS, *untrained()]))
 
 def known(method: str) -> str:
     name, *ways = method.split(":")
-    if method not in KNOWN and (name not in KNOWN or not {*ways} <= {*WAYS}):
+    if name not in KNOWN or not {*ways} <= {*WAYS}:
         raise argparse.ArgumentTypeError(f"{method!r} is none of {', '.join(KNOWN)}, nor one with {', '.join(WAYS)} behind colons")
     return method
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         sv.reduce_(model.to(args.device), reducer)
         before = warm(model, pictures, this.rest, args) if ":warm" in name else {}
-        how = before | train(model, reducer, pictures, this.rest, recipe, dense, args.seed, warmed=bool(before))
+        how = before | train(model, reducer, pictures, this.rest, recipe, dense, args.seed)
         this.note(name, share, reducer, model, logits(model, pictures, this.test), how)
         this.save()
 

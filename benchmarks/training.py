@@ -30,7 +30,7 @@ class Recipe:
     batch_size: int = 64
     dense_lr: float = 5e-5
     lr: float = 3e-5
-    head_lr: float = 1e-3  # of classifier and score heads that start from nothing; warmed ones learn as the rest does
+    head_lr: float = 1e-3  # of classifier and score heads that start from nothing
     weight_decay: float = 0.05
     smoothing: float = 0.1
     keep_ratio: float = 2.0  # weight of the loss that holds learned heads to their ratio; the papers' (of trainings 100 x as long)
@@ -39,9 +39,9 @@ class Recipe:
     def objective(self, teacher: nn.Module | None) -> Objective:
         return Objective(nn.CrossEntropyLoss(label_smoothing=self.smoothing), LossWeights(keep_ratio=self.keep_ratio), teacher)
 
-    def optimizer(self, model: nn.Module, first: bool, warmed: bool) -> torch.optim.Optimizer:
-        """What starts from nothing learns faster: first the classifier, in the second training score heads that are not warmed."""
-        fresh, lr = ("head.", self.dense_lr) if first else (() if warmed else "token_reducer.", self.lr)
+    def optimizer(self, model: nn.Module, first: bool) -> torch.optim.Optimizer:
+        """What starts from nothing learns faster: the classifier in the first training, score heads in the second."""
+        fresh, lr = ("head.", self.dense_lr) if first else ("token_reducer.", self.lr)
         named = list(model.named_parameters())
         groups = [
             {"params": [p for n, p in named if n.startswith(fresh)], "lr": self.head_lr},
@@ -58,25 +58,18 @@ def warm_cosine(optimizer: torch.optim.Optimizer, total: int, warm: int) -> torc
 
 
 def train(
-    model: nn.Module,
-    reducer: Reducer,
-    pictures: Pictures,
-    index: np.ndarray,
-    recipe: Recipe,
-    teacher: nn.Module | None,
-    seed: int,
-    warmed: bool = False,
+    model: nn.Module, reducer: Reducer, pictures: Pictures, index: np.ndarray, recipe: Recipe, teacher: nn.Module | None, seed: int
 ) -> dict[str, object]:
     """Fine-tune in place; returns the last epoch's mean losses and kept ratios, and the seconds of a step.
 
-    Without a teacher this is the first training, of the unreduced model. warmed: score heads know what to keep already.
+    Without a teacher this is the first training, of the unreduced model.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     per_epoch = math.ceil(len(index) / recipe.batch_size)
     total = per_epoch * (recipe.dense_epochs if teacher is None else recipe.epochs)
     anneal = max(int(recipe.anneal_epochs * per_epoch), 1)
-    optimizer, objective = recipe.optimizer(model, teacher is None, warmed), recipe.objective(teacher)
+    optimizer, objective = recipe.optimizer(model, teacher is None), recipe.objective(teacher)
     schedule = warm_cosine(optimizer, total, total // 10)
     model.train()
     began, sums, kept = time.perf_counter(), Counter[str](), []
