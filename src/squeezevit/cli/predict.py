@@ -135,9 +135,7 @@ def predict(
     from squeezevit import embed as job
 
     settings = _settings(batch_size, workers, upright, draft)
-    cluster = _cluster(engine_on, ray, actors, device, threads, shard, patience, column, names)
-    if cluster is not None and streams is not None:
-        raise ConfigError(f"--streams {streams} is of runs in this process; leave it out, or --engine-on ray")
+    cluster = _cluster(engine_on, ray, actors, device, threads, shard, patience, column, names, streams)
     if cluster is not None:
         from squeezevit import scale
 
@@ -187,9 +185,7 @@ def embed(
     from squeezevit import embed as job
 
     settings = _settings(batch_size, workers, upright, draft)
-    cluster = _cluster(engine_on, ray, actors, device, threads, shard, patience, column, names)
-    if cluster is not None and streams is not None:
-        raise ConfigError(f"--streams {streams} is of runs in this process; leave it out, or --engine-on ray")
+    cluster = _cluster(engine_on, ray, actors, device, threads, shard, patience, column, names, streams)
     if cluster is not None:
         from squeezevit import scale
 
@@ -222,7 +218,7 @@ def _settings(batch_size: int | None, workers: int | None, upright: bool | None,
 
 def _cluster(
     where: str, ray: str | None, actors: int | None, device: str, threads: int | None, shard: int, patience: float,
-    column: str | None, names: str | None,
+    column: str | None, names: str | None, streams: int | None,
 ) -> "Cluster | None":  # fmt: skip
     """Ray as asked for; None where the job runs in this process, which knows none of these options."""
     from squeezevit.scale import Cluster
@@ -231,6 +227,8 @@ def _cluster(
         raise ConfigError(f"--engine-on {where!r} is not known; choose here or ray")
     asked = Cluster(ray, actors, device, threads, shard, patience, column, names)
     if where == "ray":
+        if streams is not None:
+            raise ConfigError(f"--streams {streams} is of runs in this process; leave it out, or --engine-on ray")
         return asked
     usual = Cluster(threads=threads)
     for name in ("address", "actors", "device", "shard", "patience", "column", "names"):

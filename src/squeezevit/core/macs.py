@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from squeezevit.core.cut import description_of
 from squeezevit.core.reducer import is_index
-from squeezevit.core.running import evaluation_mode, without_hooks
+from squeezevit.core.running import evaluation_mode, quantised, without_hooks
 from squeezevit.core.trace import Trace
 from squeezevit.errors import ConfigError
 
@@ -105,7 +105,7 @@ def _forward(model: nn.Module, image_size: int | tuple[int, int] | None, values:
         except (AssertionError, RuntimeError, ValueError) as error:
             if "on meta tensors" in str(error) and not like.is_meta:
                 raise _ReadsValues from error
-            if any("quantized" in type(module).__module__ for module in model.modules()):
+            if quantised(model):
                 raise ConfigError(
                     f"the multiply-adds of this {name} cannot be counted, as some of its layers are quantised; "
                     "count before quantising: the number is the same"

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from squeezevit.core import ops
 from squeezevit.core.cut import ANY_PAIRS, RECIPE, Cut, TakesNoMask, base_class, cut, knows
 from squeezevit.core.evidence import Attention, Recording, forget_
-from squeezevit.core.running import evaluation_mode, without_hooks
+from squeezevit.core.running import evaluation_mode, quantised, without_hooks
 from squeezevit.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -267,8 +267,7 @@ def _records_alike(t: _Trial) -> bool:
 
 
 def _require_close(t: _Trial, expected: Tensor, found: Tensor, complaint: str) -> None:
-    rounded = any("quantized" in type(module).__module__ for module in t.block.modules())  # by a scale of all tokens that are there
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) and not rounded else 5e-2
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) and not quantised(t.block) else 5e-2
     same = expected.shape == found.shape
     if same and torch.allclose(expected, found, rtol=tolerance, atol=tolerance):
         return

@@ -100,6 +100,11 @@ def images(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] 
     return noise.to(like.device, like.dtype)
 
 
+def quantised(model: nn.Module) -> bool:
+    """Whether it holds layers of torch's own quantisation, which round by the range of all tokens that are there."""
+    return any("quantized" in type(module).__module__ for module in model.modules())
+
+
 def answer(out: Any) -> Any:
     """What stands for the images among a model's output: of a Hugging Face output the best it has, any other as it is."""
     named = (value for name in OUTPUTS if isinstance(value := getattr(out, name, None), Tensor))

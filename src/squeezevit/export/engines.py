@@ -76,7 +76,7 @@ def opened(to: str, folder: Path, hint: str = "fp32", threads: int | None = None
         raise MissingExtraError(f'{folder} is run by {package}: run `pip install "squeezevit[{extra}]"` ({error})') from error
     try:
         with quietly():
-            return open_(file, hint, threads) if streams == 1 else _open_openvino(file, hint, threads, streams)
+            return open_(file, hint, threads, streams)
     except Exception as error:  # each runtime has its own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
@@ -145,7 +145,7 @@ def _write_package(program: ExportedProgram, file: Path, outputs: list[str]) -> 
     aoti_compile_and_package(program, package_path=str(file))
 
 
-def _open_onnx(file: Path, hint: str, threads: int | None) -> Run:
+def _open_onnx(file: Path, hint: str, threads: int | None, streams: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -155,7 +155,7 @@ def _open_onnx(file: Path, hint: str, threads: int | None) -> Run:
     return lambda images: session.run(None, {source: images})
 
 
-def _open_openvino(file: Path, hint: str, threads: int | None, streams: int = 1) -> Run:
+def _open_openvino(file: Path, hint: str, threads: int | None, streams: int) -> Run:
     import openvino
 
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[hint], "PERFORMANCE_HINT": "LATENCY"}
@@ -177,11 +177,11 @@ def _open_openvino(file: Path, hint: str, threads: int | None, streams: int = 1)
     return run
 
 
-def _open_program(file: Path, hint: str, threads: int | None) -> Run:
+def _open_program(file: Path, hint: str, threads: int | None, streams: int) -> Run:
     return _of_torch(torch.export.load(file).module(), threads)
 
 
-def _open_package(file: Path, hint: str, threads: int | None) -> Run:
+def _open_package(file: Path, hint: str, threads: int | None, streams: int) -> Run:
     from torch._inductor import aoti_load_package
 
     return _of_torch(aoti_load_package(str(file)), threads)
@@ -202,7 +202,7 @@ def _of_torch(module: Callable[..., Any], threads: int | None) -> Run:
 _WRITERS: dict[str, Callable[[ExportedProgram, Path, list[str]], None]] = {
     "onnx": _write_onnx, "openvino": _write_openvino, "program": _write_program, "aoti": _write_package
 }  # fmt: skip
-_OPENERS: dict[str, Callable[[Path, str, int | None], Run]] = {
+_OPENERS: dict[str, Callable[[Path, str, int | None, int], Run]] = {
     "onnx": _open_onnx, "openvino": _open_openvino, "program": _open_program, "aoti": _open_package
 }  # fmt: skip
 _RUNTIMES = {  # the package of each, and the extra that brings it

@@ -79,8 +79,7 @@ def capture(
     try:
         with quietly(), torch.no_grad(), without_hooks(module.model), _form(scatter), _unmasked(module.model):
             program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
-            program = _plain(program)
-            program = apart(program) if folds else program
+            program = apart(_plain(program)) if folds else program
             table = ({} if scatter else _PRODUCTS) | (_CROWDED if _crowded(program) else {})
             program = _plain(_replaced(program, table))
     except Exception as error:  # whatever the capture stumbles over
