@@ -466,8 +466,11 @@ def test_a_page_that_was_built_anew_is_shown_anew(page, site, tmp_path):
         page.locator("#offline", has_text="works without a network").wait_for(state="attached")
         manifest = json.loads((folder / job.MANIFEST).read_text())
         (folder / job.MANIFEST).write_text(json.dumps(manifest | {"title": "another model"}))
-        worker = (folder / "sw.js").read_text()
-        (folder / "sw.js").write_text(worker.replace('"version": "', '"version": "new', 1))
+        version = version_of(folder)
+        for name in ("sw.js", "index.html"):
+            text = (folder / name).read_text()
+            assert text.count(version) == 1
+            (folder / name).write_text(text.replace(version, version[::-1]))
         page.reload()  # finds the other version, and still is the first
         page.locator("#title", has_text=manifest["title"]).wait_for(state="attached")
         until(page, "navigator.serviceWorker.getRegistration().then((r) => r.waiting !== null)")
@@ -475,6 +478,29 @@ def test_a_page_that_was_built_anew_is_shown_anew(page, site, tmp_path):
         page.locator("#title", has_text="another model").wait_for(state="attached")
         measured(page)
         assert len(page.evaluate("caches.keys()")) == 1
+
+
+def version_of(site: Path) -> str:
+    return (site / "sw.js").read_text().split('"version": "')[1][:16]
+
+
+def test_a_page_under_another_version_s_worker_is_opened_anew(page, site, tmp_path):
+    """As when it takes over while the page is being opened; but once, should the server's files be of two versions."""
+    folder = tmp_path / "site"
+    shutil.copytree(site, folder)
+    text = (folder / "index.html").read_text()
+    (folder / "index.html").write_text(text.replace(version_of(site), "0" * 16))
+    opened = []
+    page.on("domcontentloaded", lambda _: opened.append(page.url))
+    with served(folder) as url:
+        page.goto(url)
+        measured(page)
+        page.reload()
+        until(page, lambda: len(opened) == 3)
+        measured(page)
+        page.reload()
+        measured(page)
+    assert len(opened) == 4
 
 
 def test_another_project_at_the_same_address(page, site, tmp_path):

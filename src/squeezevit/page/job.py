@@ -29,6 +29,7 @@ from squeezevit.page.weights import SharedWeights
 from squeezevit.reducers import Identity
 
 MANIFEST, WEIGHTS = "model/manifest.json", "weights.bin"
+_VERSION = '<meta name="version" content="{}">'
 FORMAT = 1
 _COMPARED = 5  # images on which a graph must equal torch
 
@@ -140,16 +141,18 @@ def _fill(net: nn.Module, card: Card, folder: Path, wanted: Wanted, title: str, 
 
 
 def _copy_web(folder: Path) -> None:
-    """The files of the page, as they are; but the service worker is told what there is, and by a sum which version that is."""
+    """The files of the page; the service worker is told what there is, and both it and the page by a sum which version that is."""
     with as_file(files("squeezevit.page") / "web") as web:
         shutil.copytree(web, folder, dirs_exist_ok=True)
-    worker = folder / "sw.js"
+    worker, page = folder / "sw.js", folder / "index.html"
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file() and file != worker)
     total = hashlib.sha256(worker.read_bytes())
     for name in names:
         total.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
-    page = json.dumps({"version": total.hexdigest()[:16], "files": names})
-    worker.write_text(f"const PAGE = {page};\n{worker.read_text(encoding='utf-8')}", encoding="utf-8")
+    version = total.hexdigest()[:16]
+    told = json.dumps({"version": version, "files": names})
+    worker.write_text(f"const PAGE = {told};\n{worker.read_text(encoding='utf-8')}", encoding="utf-8")
+    page.write_text(page.read_text(encoding="utf-8").replace(_VERSION.format(""), _VERSION.format(version), 1), encoding="utf-8")
 
 
 def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int]:

@@ -7,6 +7,8 @@ import { fileOf, filesShown, graphOf, state } from "./state.js";
 import { ROUNDS, build, chosen, describe, drawAll, drawTimes, emptied, failed, loading, machine, preview, problem, redraw } from "./view.js";
 
 const STEP = 420; // milliseconds that a block stays while it is played
+const QUIET = 500; // milliseconds in which what the last visit asked for comes to its end
+const PATIENCE = 4000; // milliseconds for a worker that is to take over
 const BAD = ["unreadable", "proportions"]; // photographs
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -16,6 +18,7 @@ start().catch(failed);
 async function start() {
   const missing = lacking();
   if (missing) return problem(missing);
+  await newest();
   state.manifest = await (await found("model/manifest.json")).json();
   describe(state.manifest);
   build(state.manifest, sample);
@@ -42,6 +45,20 @@ async function found(path) {
   return response;
 }
 
+/** Let another version of the page take over, if one waits, while nothing is asked of the last: Chromium forgets to, at times, if it is busy. */
+async function newest() {
+  const worker = navigator.serviceWorker;
+  if (!worker?.controller) return;
+  worker.addEventListener("controllerchange", () => location.reload()); // what is open is of the last version
+  worker.addEventListener("message", ({ data }) => data.version && renew(data.version));
+  worker.controller.postMessage("version"); // another may have taken over before anyone listened
+  const waiting = (await worker.getRegistration())?.waiting;
+  if (!waiting) return;
+  await rest(QUIET);
+  waiting.postMessage("now");
+  await rest(PATIENCE);
+}
+
 /** Wait, but not for long, until the page is kept for the next time, so that the model is fetched once. */
 async function kept() {
   const worker = navigator.serviceWorker;
@@ -50,16 +67,24 @@ async function kept() {
     if (data.kept) $("offline").textContent = "All of it is kept by now: it works without a network.";
   });
   const had = worker.controller;
-  worker.addEventListener("controllerchange", () => had && location.reload()); // another version of the page: what is open is of the last
   try {
-    const registration = await worker.register("sw.js");
-    registration.waiting?.postMessage("now");
-    if (had) return;
-    const ready = new Promise((resolve) => worker.addEventListener("controllerchange", resolve, { once: true }));
-    await Promise.race([ready, new Promise((resolve) => setTimeout(resolve, 4000))]);
+    await worker.register("sw.js");
+    if (!had) await Promise.race([new Promise((resolve) => worker.addEventListener("controllerchange", resolve, { once: true })), rest(PATIENCE)]);
   } catch {
     // without one the page works as long as there is a network
   }
+}
+
+function rest(milliseconds) {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}
+
+/** Open the page anew if it is of another version than the worker; once, as a server may hold files of two. */
+function renew(version) {
+  const tried = "squeezevit version";
+  if (version === document.querySelector("meta[name=version]").content || sessionStorage.getItem(tried) === version) return;
+  sessionStorage.setItem(tried, version);
+  location.reload();
 }
 
 function sample({ file, title }, index) {

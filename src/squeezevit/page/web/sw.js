@@ -31,6 +31,7 @@ self.addEventListener("fetch", (event) => {
 
 self.addEventListener("message", (event) => {
   if (event.data === "now") self.skipWaiting();
+  if (event.data === "version") event.source.postMessage({ version: PAGE.version });
   if (event.data === "keep") event.waitUntil(keepAll().then((whole) => event.source.postMessage({ kept: whole })));
 });
 
