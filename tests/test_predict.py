@@ -218,6 +218,30 @@ def test_openvino_computes_batches_side_by_side(shelf, photographs, tmp_path):
     assert np.allclose(*(np.load(tmp_path / f"{name}.npy") for name in ("one", "two")), atol=1e-5)
 
 
+_AT_ONCE = """
+import sys, threading, numpy
+from squeezevit.embed.engines import open_engine
+engine = open_engine(sys.argv[1], threads=8, streams=8)
+images, ready = numpy.zeros((2, 3, 32, 32), numpy.float32), threading.Barrier(8)
+def run():
+    ready.wait()
+    engine.run(images)
+threads = [threading.Thread(target=run) for _ in range(8)]
+sys.setswitchinterval(1e-7)  # threads take turns within what is done once in a process
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print("done")
+"""
+
+
+def test_the_first_batches_of_a_process_may_come_at_once(shelf):
+    """OpenVINO's binding let threads wait for each other forever there: two processes of three, asked in this way."""
+    pytest.importorskip("openvino")
+    for _ in range(2):
+        ran = subprocess.run([sys.executable, "-c", _AT_ONCE, shelf / "openvino"], capture_output=True, text=True, timeout=90)
+        assert ran.stdout == "done\n", ran.stderr
+
+
 def test_compiled_is_torch(engine, shelf, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", partial(torch.compile, backend="eager")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from squeezevit.errors import CheckpointError, ConfigError, MissingExtraError, U
 from squeezevit.export.graph import quietly, reason
 
 Run = Callable[[np.ndarray], list[np.ndarray]]  # images [B, 3, H, W] -> all outputs
+_BINDING = Lock()
 HINTS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
 _NEEDED = {  # packages, and the extra that brings them
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "export"),
@@ -158,6 +160,8 @@ def _open_onnx(file: Path, hint: str, threads: int | None, streams: int) -> Run:
 def _open_openvino(file: Path, hint: str, threads: int | None, streams: int) -> Run:
     import openvino
 
+    with _BINDING:  # its first array of a process is to be one thread's: two that come at once wait for each other forever
+        _ = openvino.Tensor(np.zeros(1, np.float32)).data
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[hint], "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
