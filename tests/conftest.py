@@ -10,6 +10,7 @@ pytest.register_assert_rewrite("questions", "zoo")
 settings.register_profile("repeatable", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 50, 100)
 gc.freeze()  # torch's own modules are a million objects that every collection would walk: a fifth of the time of compiling
 
 
