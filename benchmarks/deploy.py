@@ -7,13 +7,15 @@ python benchmarks/deploy.py --model deit_small_patch16_224 --method etps --json 
 Each model is exported, verified and timed against the others in alternating rounds. Loss is that of a linear probe on solar cells,
 in points against the unreduced model in torch: with the probe fitted on that model's features, and with one fitted on the deployed
 model's own. int8 is calibrated on photographs of the part that the probe is fitted on. Formats that compute the same to 1e-4, as
-export verifies, lose the same: --judged names those whose loss is measured.
+export verifies, lose the same: --judged names those whose loss is measured. --side-by-side times OpenVINO with a batch on each
+thread, too, as `squeezevit predict` runs it.
 """
 
 import copy
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,12 @@ def exported(model: nn.Module, how: dict[str, Any], calibration: torch.Tensor, b
     int8 = calibration if how.get("int8") else None
     sv.export(model, folder, **{**how, "int8": int8}, batch_size=batch, image_size=size, floor=0.5)
     return open_engine(folder, threads=torch.get_num_threads()).run
+
+
+def side_by_side(run: Run, count: int) -> Run:
+    """The same images so many times at once, by an engine of so many streams."""
+    pool = ThreadPoolExecutor(count)
+    return lambda images: np.concatenate(list(pool.map(run, [images] * count)))
 
 
 class Cells:
@@ -119,12 +127,13 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.65, 0.5, 0.35])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--judged", nargs="+", default=list(FORMATS), choices=list(FORMATS), help="formats whose loss is measured")
+    parser.add_argument("--judged", nargs="*", default=list(FORMATS), choices=list(FORMATS), help="formats whose loss is measured")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 1])
     parser.add_argument("--fit", type=int, default=800, help="solar cells to fit probes on, and to calibrate on")
     parser.add_argument("--test", type=int, default=1800, help="solar cells to test on")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--side-by-side", action="store_true", help="times OpenVINO with a batch on each thread, too")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -134,7 +143,7 @@ def main() -> None:
     macs = sv.macs(subject.build(), size)
     sheet = Sheet(file, image_size=size, threads=chosen.threads, rounds=chosen.rounds, **subject.setting)
 
-    runs: dict[tuple[int, float, str], Run] = {}
+    runs: dict[tuple[int, float, str, int], Run] = {}
     with tempfile.TemporaryDirectory() as name:
         models = {share: reduced(subject.build(), chosen.method, share, size) for share in chosen.shares}
         of_dense = {share: sv.macs(model, size) / macs for share, model in models.items()}
@@ -144,9 +153,12 @@ def main() -> None:
             for batch in chosen.batch_sizes:
                 folder, own = Path(name, f"{share}-{kind}-{batch}"), copy.deepcopy(model)
                 made = of_torch(own, kind) if how is None else exported(own, how, subject.calibration, batch, size, folder)
-                runs[batch, share, kind] = made
+                runs[batch, share, kind, 1] = made
+                if chosen.side_by_side and (count := chosen.threads) > 1 and kind.startswith("openvino"):
+                    engine = open_engine(folder, threads=count, streams=count)
+                    runs[batch, share, kind, count] = side_by_side(engine.run, count)
             if kind in chosen.judged:
-                row |= subject.judge(runs[chosen.batch_sizes[0], share, kind])
+                row |= subject.judge(runs[chosen.batch_sizes[0], share, kind, 1])
             row["seconds"] = time.monotonic() - start
             told = ", ".join(f"{key} {row[key]:.4g}" for key in ("cosine", "loss", "loss_refitted") if key in row)
             sheet.add(row, f"{share:.0%} {kind}: {told or 'ready'}")
@@ -156,27 +168,28 @@ def main() -> None:
     sheet.save()
 
 
-def time_all(sheet: Sheet, runs: dict[tuple[float, str], Run], batch: int, size: int, rounds: int) -> None:
-    """Alternating rounds of all models; seconds of the wall, and of the processor, which others on the machine do not change."""
+def time_all(sheet: Sheet, runs: dict[tuple[float, str, int], Run], batch: int, size: int, rounds: int) -> None:
+    """Alternating rounds of all models, alone and side by side; seconds of the wall, and of the processor, not of others."""
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).numpy()
-    processor: dict[tuple[float, str], list[float]] = {key: [] for key in runs}
+    processor: dict[tuple[float, str, int], list[float]] = {key: [] for key in runs}
 
-    def timed(key: tuple[float, str]) -> None:
+    def timed(key: tuple[float, str, int]) -> None:
         start = time.process_time()
         runs[key](x)
-        processor[key].append(time.process_time() - start)
+        processor[key].append((time.process_time() - start) / key[2])
 
     times = alternate({key: lambda key=key: timed(key) for key in runs}, rounds)  # type: ignore[misc]
     base = next(iter(runs))
-    for row in sheet.rows:
-        key = (row["share"], row["format"])
-        row[f"batch_{batch}"] = {
-            "images_per_second": batch / times.median(key), "images_per_second_best": batch / times.best(key),
-            "speedup": 1 / times.ratio(key, base), "speedup_best": 1 / times.best_ratio(key, base),
+    for key in runs:
+        share, kind, count = key
+        row = next(row for row in sheet.rows if (row["share"], row["format"]) == (share, kind))
+        t = row[f"batch_{batch}" + (f"_by_{count}" if count > 1 else "")] = {
+            "images_per_second": count * batch / times.median(key), "images_per_second_best": count * batch / times.best(key),
+            "speedup": count / times.ratio(key, base), "speedup_best": count / times.best_ratio(key, base),
             "processor_ms": 1e3 * min(processor[key]) / batch, "processor_speedup": min(processor[base]) / min(processor[key]),
         }  # fmt: skip
-        t = row[f"batch_{batch}"]
-        say(f"batch {batch} {key}: {t['images_per_second']:.1f} images/s, {t['speedup']:.2f}x ({t['speedup_best']:.2f}x)")
+        name = f"batch {batch}" + (f", {count} at once" if count > 1 else "")
+        say(f"{name}, {share:.0%} {kind}: {t['images_per_second']:.1f} images/s, {t['speedup']:.2f}x ({t['speedup_best']:.2f}x)")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def question_where(
     """A question for those kinds of models that have what is asked about.
 
     One kind answers it with every reducer, each other kind with one that goes round: over all questions every kind meets every main
-    reducer, and every question that is asked of all kinds meets each of them.
+    reducer, and every question that is asked of all kinds meets each of them. thorough: the reducers of that one kind; empty: by
+    turns there, too.
     """
 
     def register(ask: Question) -> Question:
@@ -115,8 +116,9 @@ def question_where(
         for i, (model, kind) in enumerate(zoo.KINDS.items()):
             if not answers(kind):
                 continue
-            chosen = thorough if model == THOROUGH else [MAIN[(i + number) % len(MAIN)]]
-            if model == THOROUGH:
+            asked_thoroughly = model == THOROUGH and thorough
+            chosen = thorough if asked_thoroughly else [MAIN[(i + number) % len(MAIN)]]
+            if asked_thoroughly:
                 chosen = [*chosen, *(name for name in zoo.RIVALS if thorough is not MAIN or name not in VARIANTS)]
             elif model == TOLD_PLACES:
                 chosen = [*chosen, [*zoo.RIVALS][number % len(zoo.RIVALS)]]
@@ -290,8 +292,9 @@ def compiles_in_one_graph(case):
     torch.testing.assert_close(case.run(model, x), expected, rtol=0, atol=0)
 
 
-@slow_question
+@question_where(lambda kind: kind in representatives, thorough=())
 def exports_with_dynamic_batch(case):
+    """Every reducer, in the kind that is asked thoroughly: tests/test_export.py."""
     model = case.brief()
     with torch.no_grad():
         program = torch.export.export(Entry(case, model), (zoo.images(3),), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -61,7 +61,10 @@ def test_a_share_of_macs_is_met_within_half_a_point(deit, reducer, share):
     assert isinstance(found.reducer, kind)
     if not isinstance(reducer, type):
         assert replace(found.reducer, keep=reducer.keep) == reducer, "other options stay"
-    assert sv.plan(deit, reducer, macs=share) == found.reducer
+
+
+def test_plan_is_the_reducer_of_make_plan(deit):
+    assert sv.plan(deit, sv.EViT, macs=0.5) == make_plan(deit, sv.EViT, macs=0.5).reducer
 
 
 def test_stages_may_be_given_or_moved_forward_to_reach_a_budget(deit):
