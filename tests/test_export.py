@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,10 +289,27 @@ def test_a_package_of_a_static_batch(tmp_path: Path):
     assert card.measured["compared"]["error"] < 1e-5 and read_card(tmp_path / "b").engine == "aoti"
 
 
+def in_float(file: Path, folder: Path) -> Counter[str]:
+    """The layers whose weights ONNX Runtime makes float again, though they are kept in int8."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(folder / "optimised.onnx").graph
+    stored = {value.name for value in graph.initializer}
+    floats = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored}
+    return Counter(node.op_type for node in graph.node if floats.intersection(node.input))
+
+
 def test_int8_of_onnxruntime_and_bf16_of_openvino(tmp_path: Path, monkeypatch):
     card = written(of("etps"), tmp_path / "int8", to="onnx", int8=list(photographs(8)), batch_size=2, groups=True, floor=0.5)
     assert card.measured["cosine"] > 0.8 and card.exported["precision"] == "int8"
     own = graph.Exportable(of("etps"), groups=True)
+    assert in_float(tmp_path / "int8/model.onnx", tmp_path) <= Counter(["Conv", "Gemm"]), (
+        "more than the first layer and the classifier"
+    )
     outs = [engines.opened("onnx", tmp_path / "int8")(part.numpy())[1] for part in photographs(8)[1::2].split(2)]
     same = np.concatenate(outs) == verified.expected(own, photographs(8)[1::2])[1]
     assert card.measured["groups"] == same.mean() > 0.5

@@ -74,7 +74,43 @@ def _of_openvino(nncf: Any, file: Path, data: Any, settings: dict[str, Any]) -> 
 def _of_onnx(nncf: Any, file: Path, data: Any, settings: dict[str, Any]) -> None:
     import onnx
 
-    onnx.save(nncf.quantize(onnx.load(file), data, **settings), file)
+    model = nncf.quantize(onnx.load(file), data, **settings)
+    _write_biases_as_rows(model.graph)
+    onnx.save(model, file)
+
+
+def _write_biases_as_rows(graph: Any) -> None:
+    """Biases behind products in int8 become [1, N].
+
+    ONNX Runtime joins a product and a bias [N] into one layer before it looks for int8, and finds none then: that layer is computed
+    in float, after its weights are made float again.
+    """
+    import onnx
+
+    vectors = {value.name: value for value in graph.initializer if len(value.dims) == 1}
+    makers = {name: node for node in graph.node for name in node.output}
+    rows: dict[str, str] = {}
+    for node in graph.node:
+        products = [makers[name] for name in node.input if name in makers and makers[name].op_type == "MatMul"]
+        if node.op_type != "Add" or not any(_is_int8(makers.get(product.input[0])) for product in products):
+            continue
+        for i, name in enumerate(node.input):
+            if name in vectors:
+                if name not in rows:
+                    row = onnx.TensorProto()
+                    row.CopyFrom(vectors[name])
+                    row.name = rows[name] = f"{name}/row"
+                    row.dims[:] = [1, *row.dims]
+                    graph.initializer.append(row)
+                node.input[i] = rows[name]
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for name in rows:
+        if name not in used:
+            graph.initializer.remove(vectors[name])
+
+
+def _is_int8(node: Any) -> bool:
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 _QUANTISERS = {"openvino": _of_openvino, "onnx": _of_onnx}
