@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ import squeezevit as sv
 from squeezevit.bench.timing import alternate
 from squeezevit.budget.plan import plan_macs
 from squeezevit.data import dinov2, elpv
-from squeezevit.data.probe import cosine, extract, fit_probe, load_images
+from squeezevit.data.probe import Probe, cosine, extract, fit_probe, load_images
 from squeezevit.embed.engines import open_engine
 from workshop import RESULTS, Sheet, arguments, say, standard_error
 
 CALIBRATED, HELD_OUT = 128, 64  # photographs to calibrate int8 on, and to verify it by
+IMAGES = 16  # of a round
 Run = Callable[[np.ndarray], np.ndarray]
 FORMATS: dict[str, dict[str, Any] | None] = {
     "torch fp32": None,
@@ -67,12 +69,6 @@ def exported(model: nn.Module, how: dict[str, Any], calibration: torch.Tensor, b
     return open_engine(folder, threads=torch.get_num_threads()).run
 
 
-def side_by_side(run: Run, count: int) -> Run:
-    """The same images so many times at once, by an engine of so many streams."""
-    pool = ThreadPoolExecutor(count)
-    return lambda images: np.concatenate(list(pool.map(run, [images] * count)))
-
-
 class Cells:
     """Solar cells for DINOv2 ViT-S/14: a linear probe on the unreduced model's features, and what a deployed model's lose by it."""
 
@@ -83,9 +79,12 @@ class Cells:
         self.labels = tuple(labels[part] for part in parts)
         self.calibration = torch.cat(self.fit)[: CALIBRATED + HELD_OUT]
         self.build = lambda: dinov2.dinov2_vit_small(size)
-        dense = self.build()
-        self.probe = fit_probe(extract(dense, self.fit), self.labels[0], extract(dense, self.test), self.labels[1])
         self.setting = {"n_fit": len(parts[0]), "n_test": len(parts[1])}
+
+    @cached_property
+    def probe(self) -> Probe:
+        dense = self.build()
+        return fit_probe(extract(dense, self.fit), self.labels[0], extract(dense, self.test), self.labels[1])
 
     def judge(self, run: Run) -> dict[str, float]:
         """Points lost with the unreduced model's probe and with one of the run's own features, and their cosine."""
@@ -155,8 +154,7 @@ def main() -> None:
                 made = of_torch(own, kind) if how is None else exported(own, how, subject.calibration, batch, size, folder)
                 runs[batch, share, kind, 1] = made
                 if chosen.side_by_side and (count := chosen.threads) > 1 and kind.startswith("openvino"):
-                    engine = open_engine(folder, threads=count, streams=count)
-                    runs[batch, share, kind, count] = side_by_side(engine.run, count)
+                    runs[batch, share, kind, count] = open_engine(folder, threads=count, streams=count).run
             if kind in chosen.judged:
                 row |= subject.judge(runs[chosen.batch_sizes[0], share, kind, 1])
             row["seconds"] = time.monotonic() - start
@@ -169,24 +167,39 @@ def main() -> None:
 
 
 def time_all(sheet: Sheet, runs: dict[tuple[float, str, int], Run], batch: int, size: int, rounds: int) -> None:
-    """Alternating rounds of all models, alone and side by side; seconds of the wall, and of the processor, not of others."""
+    """Alternating rounds of all models, alone and side by side; seconds of the wall, and of the processor, not of others.
+
+    A round is 16 images one batch after another, on each thread where they are side by side: a model finds its weights where the
+    batch before left them, as in use.
+    """
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).numpy()
     processor: dict[tuple[float, str, int], list[float]] = {key: [] for key in runs}
+    batches = max(IMAGES // batch, 1)
+
+    def one_after_another(run: Run) -> None:
+        for _ in range(batches):
+            run(x)
 
     def timed(key: tuple[float, str, int]) -> None:
-        start = time.process_time()
-        runs[key](x)
-        processor[key].append((time.process_time() - start) / key[2])
+        start, count = time.process_time(), key[2]
+        if count == 1:
+            one_after_another(runs[key])
+        else:
+            list(pool.map(one_after_another, [runs[key]] * count))
+        processor[key].append((time.process_time() - start) / count)
 
-    times = alternate({key: lambda key=key: timed(key) for key in runs}, rounds)  # type: ignore[misc]
-    base = next(iter(runs))
+    with ThreadPoolExecutor(max(count for *_, count in runs)) as pool:
+        times = alternate({key: lambda key=key: timed(key) for key in runs}, rounds)  # type: ignore[misc]
+    base, images = next(iter(runs)), batch * batches
+    ms = {key: 1e3 * min(seconds) / images for key, seconds in processor.items()}
     for key in runs:
         share, kind, count = key
         row = next(row for row in sheet.rows if (row["share"], row["format"]) == (share, kind))
         t = row[f"batch_{batch}" + (f"_by_{count}" if count > 1 else "")] = {
-            "images_per_second": count * batch / times.median(key), "images_per_second_best": count * batch / times.best(key),
+            "images_per_second": count * images / times.median(key),
+            "images_per_second_best": count * images / times.best(key),
             "speedup": count / times.ratio(key, base), "speedup_best": count / times.best_ratio(key, base),
-            "processor_ms": 1e3 * min(processor[key]) / batch, "processor_speedup": min(processor[base]) / min(processor[key]),
+            "processor_ms": ms[key], "processor_speedup": ms[base] / ms[key],
         }  # fmt: skip
         name = f"batch {batch}" + (f", {count} at once" if count > 1 else "")
         say(f"{name}, {share:.0%} {kind}: {t['images_per_second']:.1f} images/s, {t['speedup']:.2f}x ({t['speedup_best']:.2f}x)")

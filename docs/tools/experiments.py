@@ -114,10 +114,16 @@ EXPERIMENTS = {
         "The same at half: class-token, eTPS, and the rivals that merge in every block.",
         dots("name", "accuracy", unit="accuracy, %"),
     ),
-    "chain": Experiment(
+    "chain_vnni": Experiment(
         "Elsewhere",
         "From training to int8",
         "What do training, reduction, export and int8 cost and gain together, on solar cells?",
+        dots("format", "speedup", "method", unit="speed-up over torch fp32, unreduced", line=1),
+    ),
+    "chain": Experiment(
+        "Elsewhere",
+        "From training to int8 on an older processor",
+        "The same where int8 has no products of its own.",
         dots("format", "speedup", "method", unit="speed-up over torch fp32, unreduced", line=1),
     ),
     "dense": Experiment(
@@ -225,6 +231,18 @@ EXPERIMENTS = {
         "Exported models",
         "How fast and how true is a model in other runtimes, on a processor with int8 products and bfloat16?",
         OVER_TORCH,
+    ),
+    "deploy_at_once": Experiment(
+        "Elsewhere",
+        "Exported models, two batches at once",
+        "How much more does a processor do where each thread has a batch of its own, and what does int8 do in ONNX Runtime?",
+        dots("format", "batch_16_by_2.speedup", "share", unit="speed-up over torch fp32, unreduced; two batches at once", line=1),
+    ),
+    "deploy_one": Experiment(
+        "Elsewhere",
+        "Exported models, one image at a time",
+        "The same for images that come one by one.",
+        dots("format", "batch_1_by_2.speedup", "share", unit="speed-up over torch fp32, unreduced; two images at once", line=1),
     ),
     "deploy": Experiment(
         "Elsewhere",
