@@ -29,7 +29,7 @@ from workshop import RESULTS, arguments, say, untrained
 AT = (2, 4, 6, 8)
 QUARTERS = (0, 3, 6, 9)  # one block later for reducers that work before a block, so that as many blocks are whole
 SHARES = (0.5, 0.35)
-WAYS = ("warm", "topk", "quarters")
+WAYS = ("warm", "topk", "detach", "quarters")
 METHODS = ("etps", "etps+mass", "dtps", "dtps:topk", "dtps:warm", "dtps:warm:topk", "evit", "dynamicvit", "topk", "tome", "random")
 KNOWN = tuple(dict.fromkeys([*METHODS, *untrained()]))
 
@@ -49,7 +49,8 @@ def make(method: str, share: float, task: Task, weights: Path | None) -> Reducer
     if "quarters" in ways:
         at = tuple(block + (getattr(template, "place", "") == "before") for block in QUARTERS)
     reducer = plan_macs(backbone(task, weights), name, share, at)
-    return replace(reducer, train="topk") if "topk" in ways else reducer
+    learning = {"train": "topk"} if "topk" in ways else {}
+    return replace(reducer, **learning, **({"detach": True} if "detach" in ways else {}))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         sv.reduce_(model.to(args.device), reducer)
         before = warm(model, pictures, this.rest, args) if ":warm" in name else {}
-        how = before | train(model, reducer, pictures, this.rest, recipe, dense, args.seed)
+        own = replace(recipe, head_lr=args.warm_lr) if before and args.warm_lr else recipe
+        how = before | train(model, reducer, pictures, this.rest, own, dense, args.seed)
         this.note(name, share, reducer, model, logits(model, pictures, this.test), how)
         this.save()
 
@@ -99,7 +101,7 @@ def warm(model: nn.Module, pictures: Pictures, index: np.ndarray, args: argparse
     began, generator = time.perf_counter(), torch.Generator().manual_seed(args.seed)
     chosen = (torch.from_numpy(index)[torch.randperm(len(index), generator=generator)[:64]] for _ in range(args.warm))
     say(f"heads warmed on {args.warm} batches: {warm_heads_(model, (pictures.batch(part, generator) for part in chosen))}")
-    return {"warm_batches": args.warm, "warm_seconds": time.perf_counter() - began}
+    return {"warm_batches": args.warm, "warm_lr": args.warm_lr or args.head_lr, "warm_seconds": time.perf_counter() - began}
 
 
 def main() -> None:
@@ -111,12 +113,13 @@ def main() -> None:
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="for a first look: fewer, of both trainings")
-    told = f"of {', '.join(KNOWN)}; with :warm or :topk where heads learn, with :quarters at {QUARTERS}"
+    told = f"of {', '.join(KNOWN)}; with :warm, :topk, :detach where heads learn, with :quarters at {QUARTERS}"
     parser.add_argument("--methods", nargs="*", type=known, help=told)
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the unreduced model's MACs")
     parser.add_argument("--head-lr", type=float, default=Recipe.head_lr)
     parser.add_argument("--keep-ratio", type=float, default=Recipe.keep_ratio, help="weight of the keep-ratio loss")
     parser.add_argument("--warm", type=int, default=300, help="batches of 64 that warm heads have before the training")
+    parser.add_argument("--warm-lr", type=float, help="learning rate of heads that were warmed (default: --head-lr)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=Recipe.precision)
     parser.add_argument("--dense", type=Path, help="where the unreduced model is kept, and taken from if it is there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

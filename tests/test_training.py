@@ -351,6 +351,22 @@ def test_every_head_learns_from_the_output_and_from_the_keep_ratio(method):
             assert gradient.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("train", ["masked", "topk"])
+@EACH_METHOD
+def test_heads_without_a_gradient_into_the_backbone(method, train):
+    """What is put out is the same, and so are the heads' own gradients; the backbone has none from scores."""
+    x, found = zoo.images(2), {}
+    for detach in (False, True):
+        found[detach] = traced(training("plain", method, train=train, detach=detach), x)
+        of_scores = found[detach].stage_logits[-1].square().sum()
+        block = [p for name, p in found[detach].parameters.items() if name.startswith("blocks.0.")]
+        gradients = torch.autograd.grad(of_scores, block, retain_graph=True, allow_unused=True)
+        assert all(g is None for g in gradients) if detach else all(g is not None and g.abs().max() > 0 for g in gradients)
+    assert torch.equal(found[True].logits, found[False].logits)
+    own, other = (head_gradients(found[d].logits.square().sum(), found[d])[-1][1] for d in (True, False))
+    torch.testing.assert_close(own, other)
+
+
 @pytest.mark.parametrize("kind", ["plain", "average-pool", "attention-pool"])
 @LOW_PRECISION
 @EACH_METHOD

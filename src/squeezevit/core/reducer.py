@@ -125,10 +125,16 @@ class Stage:
         """Patch tokens as the block's attention gets them, after its norm: [B, N, C]."""
         return self.attend().x[:, self.prefix :]
 
-    def head_logits(self) -> Tensor:
-        """The learned head's log-probabilities of keeping and of dropping each patch token: [B, N, 2], float32 or wider."""
+    def head_logits(self, detach: bool = False) -> Tensor:
+        """The learned head's log-probabilities of keeping and of dropping each patch token: [B, N, 2], float32 or wider.
+
+        detach: no gradient goes through the head into what it looks at.
+        """
         assert self.heads is not None
-        return ops.wide(self.heads(self.tokens[:, self.prefix :], self.kept_so_far(), self.index))
+        tokens, kept = self.tokens[:, self.prefix :], self.kept_so_far()
+        if detach:
+            tokens, kept = tokens.detach(), None if kept is None else kept.detach()
+        return ops.wide(self.heads(tokens, kept, self.index))
 
     def kept_so_far(self) -> Tensor | None:
         """In masked training, which patch tokens earlier stages kept, [B, N] with gradient; None before the first."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from squeezevit.core import ops
 from squeezevit.core.evidence import is_plain
-from squeezevit.core.reducer import Heads, Place, Reduction, Stage, Staged, check_choice, floor_of_first, nothing_pruned
+from squeezevit.core.reducer import Heads, Place, Reduction, Stage, Staged, check_choice, check_flag, floor_of_first, nothing_pruned
 
 
 class ScoreHead(nn.Module):
@@ -79,9 +79,12 @@ class DTPS(Staged):
     are squeezed and hidden from later attention; counts follow a loss (`losses.keep_ratio_loss`). "topk", faster: tokens really
     leave, as many as in evaluation, chosen by the same noisy scores. They leave after the stage's attention, whose straight-through
     gradient tells the heads what each token was worth.
+    detach: in training, no gradient goes through the heads into the backbone, which then learns from what is done with its tokens
+    alone. The authors let it through; where heads are sure already, as warmed ones are, it is most of the backbone's gradient.
     """
 
     train: Literal["masked", "topk"] = "masked"
+    detach: bool = False
 
     place: ClassVar[Place] = "before"
     learned: ClassVar[bool] = True
@@ -91,6 +94,7 @@ class DTPS(Staged):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "train", ("masked", "topk"))
+        check_flag(self, "detach")
 
     @property
     def carries(self) -> bool:
@@ -107,7 +111,7 @@ class DTPS(Staged):
         return ScoreHeads([self.ratio(j) for j in range(stages)], dim)
 
     def reduce(self, s: Stage) -> Reduction:
-        logits = s.head_logits()
+        logits = s.head_logits(detach=self.detach and s.training)
         if s.training:
             return self.reduce_masked(s, logits) if self.masks else self.reduce_relaxed(s, logits)
         scores = ops.log_odds(logits)
