@@ -241,7 +241,7 @@ def test_training_commands_are_configurations(offline, capsys):
         assert said.startswith("model:"), said
         if file:
             Path(file).write_text(said)
-    assert len(trained) == 13
+    assert len(trained) == 14
 
 
 # names and links
