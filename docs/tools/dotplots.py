@@ -67,7 +67,8 @@ def short(reducer: str) -> str:
     >>> short("ETPS(keep=0.7, at=None, score='auto', mass=False)"), short("Identity()")
     ('ETPS(keep=0.7)', 'Identity()')
     """
-    defaults = "at=None|score='auto'|mass=False|train='masked'|normalize=False|match='tokens'|bias=True|seed=0|fuse='cosine'"
+    texts = "score='auto'|train='masked'|match='tokens'|fuse='cosine'"
+    defaults = f"{texts}|at=None|mass=False|detach=False|normalize=False|bias=True|seed=0"
     common = rf"(?:, )?(?:{defaults})(?=[,)])"
     cleaned = re.sub(common, "", reducer)
     for at, fuse, name in _PRESETS:

@@ -108,6 +108,12 @@ EXPERIMENTS = {
         "How far do today's preset, ToMe and dTPS with warmed heads come in 4 epochs?",
         dots("name", "accuracy", unit="accuracy, %"),
     ),
+    "finetune_detach35": Experiment(
+        "Accuracy",
+        "Fine-tuned, 35 %, heads that leave the backbone alone",
+        "What does it cost a backbone that the gradient of warmed heads goes into it?",
+        dots("name", "accuracy", unit="accuracy, %"),
+    ),
     "finetune_half50": Experiment(
         "Accuracy",
         "Fine-tuned, 50 % in 4 epochs",
