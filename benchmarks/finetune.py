@@ -49,8 +49,8 @@ def make(method: str, share: float, task: Task, weights: Path | None) -> Reducer
     if "quarters" in ways:
         at = tuple(block + (getattr(template, "place", "") == "before") for block in QUARTERS)
     reducer = plan_macs(backbone(task, weights), name, share, at)
-    learning = {"train": "topk"} if "topk" in ways else {}
-    return replace(reducer, **learning, **({"detach": True} if "detach" in ways else {}))
+    options = ({"train": "topk"} if "topk" in ways else {}) | ({"detach": True} if "detach" in ways else {})
+    return replace(reducer, **options)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         sv.reduce_(model.to(args.device), reducer)
         before = warm(model, pictures, this.rest, args) if ":warm" in name else {}
-        own = replace(recipe, head_lr=args.warm_lr) if before and args.warm_lr else recipe
+        own = replace(recipe, head_lr=args.warm_lr) if before else recipe
         how = before | train(model, reducer, pictures, this.rest, own, dense, args.seed)
         this.note(name, share, reducer, model, logits(model, pictures, this.test), how)
         this.save()
@@ -101,7 +101,7 @@ def warm(model: nn.Module, pictures: Pictures, index: np.ndarray, args: argparse
     began, generator = time.perf_counter(), torch.Generator().manual_seed(args.seed)
     chosen = (torch.from_numpy(index)[torch.randperm(len(index), generator=generator)[:64]] for _ in range(args.warm))
     say(f"heads warmed on {args.warm} batches: {warm_heads_(model, (pictures.batch(part, generator) for part in chosen))}")
-    return {"warm_batches": args.warm, "warm_lr": args.warm_lr or args.head_lr, "warm_seconds": time.perf_counter() - began}
+    return {"warm_batches": args.warm, "warm_lr": args.warm_lr, "warm_seconds": time.perf_counter() - began}
 
 
 def main() -> None:
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune")
     args = parser.parse_args()
+    args.warm_lr = args.warm_lr or args.head_lr
     args.data = args.data or DATA / f"{args.task}.npz"
     if args.job == "data":
         pack(TASKS[args.task], args.data)

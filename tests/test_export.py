@@ -293,7 +293,6 @@ def test_a_package_of_a_static_batch(tmp_path: Path):
 
 def in_float(file: Path, folder: Path) -> Counter[str]:
     """The layers whose weights ONNX Runtime makes float again, though they are kept in int8."""
-    import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -75,7 +75,10 @@ def dots(
     return draw
 
 
-OVER_TORCH = dots("format", "batch_16.speedup", "share", unit="speed-up over torch fp32, unreduced", line=1)  # of exported models
+_OVER = "speed-up over torch fp32, unreduced"
+OVER_TORCH = dots("format", "batch_16.speedup", "share", unit=_OVER, line=1)  # of exported models
+CHAINED = dots("format", "speedup", "method", unit=_OVER, line=1)
+FINE_TUNED = dots("name", "accuracy", unit="accuracy, %")
 EXPERIMENTS = {
     "demo": Experiment(
         "Accuracy",
@@ -100,37 +103,37 @@ EXPERIMENTS = {
         "Accuracy",
         "Fine-tuned, 35 % in 4 epochs",
         "The same in a shorter recipe, for which the rivals were run, too.",
-        dots("name", "accuracy", unit="accuracy, %"),
+        FINE_TUNED,
     ),
     "finetune_warm35": Experiment(
         "Accuracy",
         "Fine-tuned, 35 % with warmed heads",
         "How far do today's preset, ToMe and dTPS with warmed heads come in 4 epochs?",
-        dots("name", "accuracy", unit="accuracy, %"),
-    ),
-    "finetune_detach35": Experiment(
-        "Accuracy",
-        "Fine-tuned, 35 %, heads that leave the backbone alone",
-        "What does it cost a backbone that the gradient of warmed heads goes into it?",
-        dots("name", "accuracy", unit="accuracy, %"),
+        FINE_TUNED,
     ),
     "finetune_half50": Experiment(
         "Accuracy",
         "Fine-tuned, 50 % in 4 epochs",
         "The same at half: class-token, eTPS, and the rivals that merge in every block.",
-        dots("name", "accuracy", unit="accuracy, %"),
+        FINE_TUNED,
+    ),
+    "finetune_detach35": Experiment(
+        "Accuracy",
+        "Fine-tuned, 35 %, heads that leave the backbone alone",
+        "What does it cost a backbone that the gradient of warmed heads goes into it?",
+        FINE_TUNED,
     ),
     "chain_vnni": Experiment(
         "Elsewhere",
         "From training to int8",
         "What do training, reduction, export and int8 cost and gain together, on solar cells?",
-        dots("format", "speedup", "method", unit="speed-up over torch fp32, unreduced", line=1),
+        CHAINED,
     ),
     "chain": Experiment(
         "Elsewhere",
         "From training to int8 on an older processor",
         "The same where int8 has no products of its own.",
-        dots("format", "speedup", "method", unit="speed-up over torch fp32, unreduced", line=1),
+        CHAINED,
     ),
     "dense": Experiment(
         "Accuracy", "Dense tasks", "How near are patch tokens and saliency maps on the full grid?", against_macs("cosine")
@@ -238,18 +241,6 @@ EXPERIMENTS = {
         "How fast and how true is a model in other runtimes, on a processor with int8 products and bfloat16?",
         OVER_TORCH,
     ),
-    "deploy_at_once": Experiment(
-        "Elsewhere",
-        "Exported models, two batches at once",
-        "How much more does a processor do where each thread has a batch of its own, and what does int8 do in ONNX Runtime?",
-        dots("format", "batch_16_by_2.speedup", "share", unit="speed-up over torch fp32, unreduced; two batches at once", line=1),
-    ),
-    "deploy_one": Experiment(
-        "Elsewhere",
-        "Exported models, one image at a time",
-        "The same for images that come one by one.",
-        dots("format", "batch_1_by_2.speedup", "share", unit="speed-up over torch fp32, unreduced; two images at once", line=1),
-    ),
     "deploy": Experiment(
         "Elsewhere",
         "Exported models on an older processor",
@@ -267,6 +258,18 @@ EXPERIMENTS = {
         "Exported DeiT-S",
         "How fast is eTPS in other runtimes, compiled, and one image at a time?",
         OVER_TORCH,
+    ),
+    "deploy_at_once": Experiment(
+        "Elsewhere",
+        "Exported models, two batches at once",
+        "How much more does a processor do where each thread has a batch of its own, and what does int8 do in ONNX Runtime?",
+        dots("format", "batch_16_by_2.speedup", "share", unit=f"{_OVER}; two batches at once", line=1),
+    ),
+    "deploy_one": Experiment(
+        "Elsewhere",
+        "Exported models, one image at a time",
+        "The same for images that come one by one.",
+        dots("format", "batch_1_by_2.speedup", "share", unit=f"{_OVER}; two images at once", line=1),
     ),
     "recall": Experiment(
         "Accuracy",

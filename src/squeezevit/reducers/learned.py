@@ -80,7 +80,7 @@ class DTPS(Staged):
     leave, as many as in evaluation, chosen by the same noisy scores. They leave after the stage's attention, whose straight-through
     gradient tells the heads what each token was worth.
     detach: in training, no gradient goes through the heads into the backbone, which then learns from what is done with its tokens
-    alone. The authors let it through; where heads are sure already, as warmed ones are, it is most of the backbone's gradient.
+    alone. The authors let it through; where heads are sure already, as warmed ones are, it can be most of the backbone's gradient.
     """
 
     train: Literal["masked", "topk"] = "masked"
